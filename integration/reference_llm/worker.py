@@ -1,0 +1,155 @@
+"""The worker of one rank: holds its part of the model and of the KV cache, and computes steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from exec_core import Worker, WorkerContext
+
+from reference_llm.checkpoint import Checkpoint
+from reference_llm.collectives import Collectives
+from reference_llm.gguf_file import TensorInfo
+from reference_llm.hparams import Hparams
+from reference_llm.kv_cache import PagedKVCache
+from reference_llm.layout import lay_out
+from reference_llm.memory import available_cuda_bytes, available_host_bytes
+from reference_llm.model import Llama
+from reference_llm.sampling import choose_tokens
+from reference_llm.steps import Sampling, SequenceStep, StepRequest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LlamaWorker(Worker):
+    """Runs a Llama-family GGUF file.
+
+    Every rank gets the same `StepRequest`; ranks of one stage compute it together, stages hand hidden states on. Steps may be
+    in flight: each rank computes them in the order they were sent.
+
+    Args:
+        path: the file, at the same place for every rank.
+        tensors: its table, from `read_gguf`.
+        hparams: its sizes, from `Hparams.from_gguf`.
+        dtype: of weights and computation.
+
+    Raises:
+        ConfigError: when the parallel sizes do not fit the model.
+    """
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        *,
+        path: str,
+        tensors: Mapping[str, TensorInfo],
+        hparams: Hparams,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(context)
+        hparams.check_parallel(context.tp_size, context.pp_size)
+        self.hparams = hparams
+        self.dtype = DTYPES[dtype]
+        self._path = path
+        self._tensors = tensors
+        self._model: Llama | None = None
+        self._cache: PagedKVCache | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device("cpu" if self.context.device is None else self.context.device)
+
+    def load_model(self) -> None:
+        """Reads this rank's slice of the weights, telling how far it is."""
+        checkpoint = Checkpoint(self._path, self._tensors, self.dtype, self.device)
+
+        def loaded(done: int, total: int) -> None:
+            self.context.report_progress(done, total, "weights")
+
+        self._model = Llama(self.hparams, checkpoint, Collectives(self.context), loaded)
+
+    def get_model(self) -> Llama:
+        """This rank's part of the model.
+
+        Raises:
+            RuntimeError: before `load_model`.
+        """
+        if self._model is None:
+            raise RuntimeError("the model is not loaded: call load_model() first")
+        return self._model
+
+    def determine_num_available_blocks(self) -> tuple[int, int]:
+        """Blocks that fit on the device beside the model, and blocks that ``CacheConfig.cpu_swap_bytes`` would hold.
+
+        On CUDA: ``gpu_memory_utilization`` of the device, less the peak of a run with the longest prompt. On CPU: that share of
+        the memory that is available, divided by the ranks of this machine. ``num_gpu_blocks`` and ``num_cpu_blocks`` override.
+        """
+        cache = self.context.config.cache
+        gpu, cpu = cache.num_gpu_blocks, cache.num_cpu_blocks
+        block_bytes = self._bytes_per_block()
+        if gpu is None:
+            gpu = max(0, self._available_bytes(cache.gpu_memory_utilization) // block_bytes)
+        return gpu, cache.cpu_swap_bytes // block_bytes if cpu is None else cpu
+
+    def _available_bytes(self, utilization: float) -> int:
+        if self.device.type == "cpu":
+            return int(available_host_bytes() * utilization) // self.context.world_size
+        torch.cuda.reset_peak_memory_stats(self.device)
+        profiled = self._run_longest_prompt() * self._bytes_per_block()
+        torch.cuda.empty_cache()
+        return available_cuda_bytes(self.device, utilization) + profiled
+
+    def _run_longest_prompt(self) -> int:
+        """A prompt as long as the model's context, which no step of the engine exceeds; returns the blocks it took."""
+        length = self.hparams.context_length
+        blocks = -(-length // self.context.config.cache.block_size)
+        self.initialize_cache(blocks, 0)
+        prompt = SequenceStep(tokens=(0,) * length, start=0, blocks=tuple(range(blocks)), sampling=Sampling())
+        self.execute_model(StepRequest((prompt,)))
+        torch.cuda.synchronize(self.device)
+        self._cache = None
+        return blocks
+
+    def _bytes_per_block(self) -> int:
+        return PagedKVCache.bytes_per_block(
+            num_layers=len(self.get_model().layer_range),
+            block_size=self.context.config.cache.block_size,
+            num_kv_heads=self.hparams.num_kv_heads // self.context.tp_size,
+            head_dim=self.hparams.head_dim,
+            dtype=self.dtype,
+        )
+
+    def initialize_cache(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None:
+        """Allocates ``num_gpu_blocks`` on the device.
+
+        Nothing is allocated for ``num_cpu_blocks``: the engine admits only what fits, and never swaps.
+        """
+        self._cache = PagedKVCache(
+            layers=self.get_model().layer_range,
+            num_blocks=num_gpu_blocks,
+            block_size=self.context.config.cache.block_size,
+            num_kv_heads=self.hparams.num_kv_heads // self.context.tp_size,
+            head_dim=self.hparams.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def execute_model(self, request: StepRequest) -> list[int] | None:
+        """Computes one step.
+
+        Returns:
+            On the last stage, the next token of each sequence; None before.
+
+        Raises:
+            RuntimeError: before `load_model` and `initialize_cache`.
+        """
+        model, cache = self.get_model(), self._cache
+        if cache is None:
+            raise RuntimeError("there is no KV cache: call initialize_cache() first")
+        with torch.inference_mode():
+            layout = lay_out(request, cache.block_size, self.dtype, self.device)
+            logits = model(layout, cache)
+            if logits is None:
+                return None
+            return choose_tokens(logits, model.vocabulary, self.hparams.vocab_size, request.sequences, model.collectives)

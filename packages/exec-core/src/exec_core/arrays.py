@@ -1,0 +1,154 @@
+"""Tensors and arrays in messages: moved as bytes beside the pickle, never through it.
+
+    pickling          every CPU tensor and numpy array becomes a `View`: an index into the message's table of byte ranges
+    after pickling    ranges that overlap in memory are merged into segments, so that views which shared memory share it
+                      again on arrival, and a slice of a large tensor ships only its own bytes
+    unpickling        each view is laid over its segment of the receiver's own, private, writable memory
+
+Neither torch nor numpy is imported here: an object of theirs can only exist where they are imported already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+ALIGNMENT = 64  # bytes; of segments in a message
+_WIDEST = 16  # bytes; of complex128, the widest element
+
+
+@attrs.frozen
+class Segment:
+    """Contiguous source memory, ``[start, end)``, kept alive by ``owners``."""
+
+    start: int
+    end: int
+    owners: tuple[object, ...] = attrs.field(eq=False, repr=False)
+
+    @property
+    def lead(self) -> int:
+        """Bytes of padding in front, so that addresses keep their remainder: a wider view may begin inside."""
+        return self.start % _WIDEST
+
+    @property
+    def nbytes(self) -> int:
+        return self.lead + self.end - self.start
+
+    def memory(self) -> memoryview:
+        return memoryview((ctypes.c_char * (self.end - self.start)).from_address(self.start)).cast("B")
+
+
+class ViewTable:
+    """The byte ranges that one message refers to, collected while it is pickled."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int, object]] = []  # (start, end, owner), in the order of the views
+
+    def reduce(self, obj: Any) -> tuple[object, ...] | None:
+        """How to pickle ``obj``, or None when it is not a plain strided CPU tensor or array."""
+        torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+        if torch is not None and type(obj) is getattr(torch, "Tensor", None) and _is_plain(obj, torch):
+            extent = sum((n - 1) * step for n, step in zip(obj.shape, obj.stride(), strict=True)) + 1
+            index = self._add(obj.data_ptr(), extent * obj.element_size() if obj.numel() else 0, obj)
+            return load_tensor, (index, obj.dtype, tuple(obj.shape), obj.stride(), obj.requires_grad)
+        if numpy is not None and type(obj) is getattr(numpy, "ndarray", None) and not obj.dtype.hasobject:
+            steps = [(n - 1) * step for n, step in zip(obj.shape, obj.strides, strict=True)]
+            before = -sum(s for s in steps if s < 0)  # bytes below the first element when strides are negative
+            extent = before + sum(s for s in steps if s > 0) + obj.itemsize if obj.size else 0
+            index = self._add(obj.ctypes.data - before, extent, obj)
+            return load_array, (index, obj.dtype, obj.shape, obj.strides, before)
+        return None
+
+    def _add(self, start: int, nbytes: int, owner: object) -> int:
+        if nbytes == 0:
+            return -1
+        self._ranges.append((start, start + nbytes, owner))
+        return len(self._ranges) - 1
+
+    def segments(self) -> tuple[list[Segment], list[tuple[int, int]]]:
+        """Merged segments, and for each view the number of its segment and its offset there in bytes."""
+        merged: list[list[Any]] = []
+        place: dict[int, tuple[int, int]] = {}
+        for index in sorted(range(len(self._ranges)), key=lambda i: self._ranges[i][:2]):
+            start, end, owner = self._ranges[index]
+            if merged and start < merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], end)
+                merged[-1][2].append(owner)
+            else:
+                merged.append([start, end, [owner]])
+            place[index] = len(merged) - 1, start
+        segments = [Segment(start, end, tuple(owners)) for start, end, owners in merged]
+        views = (place[i] for i in range(len(self._ranges)))
+        return segments, [(n, start - segments[n].start + segments[n].lead) for n, start in views]
+
+
+def _is_plain(tensor: Any, torch: Any) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
+        and not vars(tensor)
+        and (tensor.is_leaf or not tensor.requires_grad)
+    )
+
+
+class _Loading(threading.local):
+    """What the message being unpickled by this thread refers to."""
+
+    segments: Sequence[Any] = ()
+    views: Sequence[tuple[int, int]] = ()
+
+
+_loading = _Loading()
+
+
+class loading:
+    """Context in which `load_tensor` and `load_array` find the memory of the message being unpickled."""
+
+    def __init__(self, segments: Sequence[Any], views: Sequence[tuple[int, int]]) -> None:
+        self._now = segments, views
+
+    def __enter__(self) -> None:
+        self._outer = _loading.segments, _loading.views
+        _loading.segments, _loading.views = self._now
+
+    def __exit__(self, *exc: object) -> None:
+        _loading.segments, _loading.views = self._outer
+
+
+def load_tensor(index: int, dtype: Any, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool) -> Any:
+    """A tensor over its segment of the message being unpickled; ``shape`` and ``stride`` in elements."""
+    import torch
+
+    if index < 0:
+        return torch.empty_strided(shape, stride, dtype=dtype, requires_grad=requires_grad)
+    number, offset = _loading.views[index]
+    storage = torch.frombuffer(_loading.segments[number], dtype=torch.uint8).untyped_storage()
+    tensor = torch.empty(0, dtype=dtype)
+    if offset % tensor.element_size():  # unaligned at its source too: torch cannot say so, a copy can
+        extent = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
+        own = bytearray(_loading.segments[number][offset : offset + extent * tensor.element_size()])
+        storage, offset = torch.frombuffer(own, dtype=torch.uint8).untyped_storage(), 0
+    tensor.set_(storage, offset // tensor.element_size(), shape, stride)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def load_array(index: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...], before: int) -> Any:
+    """A numpy array over its segment; ``strides`` in bytes, ``before`` the bytes below its first element."""
+    import numpy
+
+    if index < 0:
+        return numpy.empty(shape, dtype)
+    number, offset = _loading.views[index]
+    return numpy.ndarray(shape, dtype, _loading.segments[number], offset + before, strides)
+
+
+def round_up(nbytes: int) -> int:
+    """``nbytes`` up to the next multiple of the alignment."""
+    return math.ceil(nbytes / ALIGNMENT) * ALIGNMENT

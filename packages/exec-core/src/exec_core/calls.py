@@ -1,0 +1,77 @@
+"""A call as the driver sees it: what to run, where, until when, and what became of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+
+from exec_core.errors import ConfigError
+from exec_core.messages import Failure, Request
+
+
+@attrs.define(eq=False)
+class Call:
+    """One collective call.
+
+    Attributes:
+        request: what each rank runs.
+        ranks: who runs it, ascending.
+        reply_ranks: whose value is returned, ascending; a subset of ``ranks``.
+        timeout_s, deadline: limit in seconds, and when that is on the monotonic clock (infinity for no limit).
+        max_concurrent: at most so many ranks run it at a time; None: all.
+        aggregate: applied once to the list of values.
+        failure: set when a rank has failed, before its error is raised.
+    """
+
+    request: Request
+    ranks: tuple[int, ...]
+    reply_ranks: tuple[int, ...]
+    timeout_s: float | None = None
+    deadline: float = math.inf
+    max_concurrent: int | None = None
+    aggregate: Callable[[list[Any]], Any] | None = None
+    failure: Failure | None = None
+
+    @property
+    def name(self) -> str:
+        return self.request.name
+
+    def result(self, values: list[Any]) -> Any:
+        """What the caller gets for ``values``, one per reply rank in rank order."""
+        return values if self.aggregate is None else self.aggregate(values)
+
+
+def deadline_after(timeout_s: float | None) -> float:
+    """``timeout_s`` from now on the monotonic clock; infinity for None."""
+    return math.inf if timeout_s is None else time.monotonic() + timeout_s
+
+
+def chosen_ranks(name: str, chosen: Sequence[int] | None, among: tuple[int, ...]) -> tuple[int, ...]:
+    """``chosen`` in rank order, or all of ``among`` when None.
+
+    Raises:
+        ConfigError: for a rank that is not one of ``among``, or is there twice.
+    """
+    if chosen is None:
+        return among
+    picked = tuple(chosen)
+    if not all(isinstance(rank, int) and rank in among for rank in picked) or len(set(picked)) != len(picked):
+        raise ConfigError(name, f"must be distinct ranks out of {list(among)}", list(picked))
+    return tuple(sorted(picked))
+
+
+def checked_timeout(timeout: float | None, default: float | None) -> float | None:
+    """``timeout``, or the default where it is None; infinity means no limit.
+
+    Raises:
+        ConfigError: for a timeout that is not a number of seconds > 0.
+    """
+    if timeout is None:
+        return default
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        raise ConfigError("timeout", "must be None or seconds > 0", timeout)
+    return None if timeout == math.inf else timeout

@@ -1,0 +1,199 @@
+"""Process groups of a worker: joining the world, splitting it into tp, pp and dp groups, leaving it again.
+
+One default process group per process is all that torch offers. The one made here is counted: executors of world size 1 in
+the same process share it, each with a group of its own over it, and the last to leave destroys it. A group that the host
+program made is never replaced or destroyed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import attrs
+
+from exec_core.errors import ConfigError, ExecutorError
+
+_lock = threading.Lock()
+_users = 0  # memberships that rest on a default group made here; guarded by _lock
+
+
+@attrs.frozen
+class Group:
+    """One process group as a rank sees it.
+
+    Attributes:
+        ranks: its global ranks, in group order.
+        rank: this worker's position in ``ranks``.
+        device_group, cpu_group: `torch.distributed.ProcessGroup` for device and for CPU tensors. On cuda one group carries both
+            NCCL and gloo, on cpu it is gloo's; collectives on either must be issued in the same order on all ranks.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    device_group: Any = attrs.field(repr=False)
+    cpu_group: Any = attrs.field(repr=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@attrs.frozen
+class ProcessGroups:
+    """The groups that a worker belongs to: tensor, pipeline and data parallel, and all of them."""
+
+    tp: Group
+    pp: Group
+    dp: Group
+    world: Group
+
+
+@attrs.frozen
+class World:
+    """Which world to join, and as whom.
+
+    Attributes:
+        rank, world_size: in the whole world, replicas included.
+        tensor_parallel_size, pipeline_parallel_size: the data parallel size is what remains.
+        init_method: URL as `torch.distributed.init_process_group` takes it; None: a world of one.
+        backend: None (gloo on cpu, NCCL and gloo on cuda) or a torch.distributed backend.
+        device: ``cpu`` or ``cuda:N``.
+        timeout_s: limit of a collective; None: torch's default.
+        existing: what to do with a default group that the host made.
+    """
+
+    rank: int
+    world_size: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    init_method: str | None
+    backend: str | None
+    device: str
+    timeout_s: float | None
+    existing: Literal["refuse", "use"] = "refuse"
+
+
+class Membership:
+    """A worker's place in a world; `leave` it once."""
+
+    def __init__(self, groups: ProcessGroups, owned: list[Any], counted: bool) -> None:
+        self.groups = groups
+        self._owned = owned  # subgroups made for this membership; empty when the default group goes with it
+        self._counted = counted
+
+    def leave(self) -> None:
+        """Destroys what `join` made. Twice is fine; the host's own groups stay."""
+        import torch.distributed as dist
+
+        global _users
+        owned, self._owned = self._owned, []
+        counted, self._counted = self._counted, False
+        with _lock:
+            _users -= counted
+            if counted and _users == 0 and dist.is_initialized():
+                dist.destroy_process_group()  # takes all groups over it along
+                return
+        for group in owned:
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
+
+
+def join(world: World) -> Membership:
+    """Joins ``world`` and builds the groups.
+
+    Raises:
+        ConfigError: when the process has a default group already that cannot serve.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise ExecutorError("this torch is built without torch.distributed; use distributed_backend='none'")
+    global _users
+    with _lock:
+        if dist.is_initialized():
+            ours = _users > 0
+            if world.world_size == 1:
+                _users += ours
+                return _group_of_one(counted=ours)
+            if world.existing == "refuse" or ours:
+                raise ConfigError(
+                    "the default process group", "must not exist yet in a process that runs a rank of a larger world",
+                    f"a group of {dist.get_world_size()}", "use driver_worker='process', or destroy the group first",
+                )  # fmt: skip
+            if (dist.get_world_size(), dist.get_rank()) != (world.world_size, world.rank):
+                raise ConfigError(
+                    "the default process group", f"must be rank {world.rank} of {world.world_size}",
+                    f"rank {dist.get_rank()} of {dist.get_world_size()}", "match the parallel sizes to the group",
+                )  # fmt: skip
+            return Membership(_split(world), [], counted=False)
+        _init_default(world)
+        try:
+            groups = _split(world)
+        except BaseException:
+            dist.destroy_process_group()
+            raise
+        _users = 1
+        return Membership(groups, [], counted=True)
+
+
+def _init_default(world: World) -> None:
+    import torch.distributed as dist
+
+    options: dict[str, Any] = {"world_size": world.world_size, "rank": world.rank}
+    if world.timeout_s is not None:
+        options["timeout"] = datetime.timedelta(seconds=world.timeout_s)
+    if world.init_method is None:
+        options["store"] = dist.HashStore()
+    else:
+        options["init_method"] = world.init_method
+    with _excepthook_kept():
+        dist.init_process_group(_backend(world), **options)
+
+
+def _backend(world: World) -> str:
+    cuda = world.device.startswith("cuda")
+    if world.backend is None:
+        return "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    return "cpu:gloo,cuda:nccl" if world.backend == "nccl" and cuda else world.backend
+
+
+@contextmanager
+def _excepthook_kept() -> Iterator[None]:
+    """init_process_group replaces ``sys.excepthook`` for good; the host's stays here."""
+    hook = sys.excepthook
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
+
+
+def _split(world: World) -> ProcessGroups:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    tp, pp = world.tensor_parallel_size, world.pipeline_parallel_size
+    # A cpu mesh whatever the device: it never selects one, and its groups inherit all backends of the default group.
+    mesh = init_device_mesh("cpu", (world.world_size // (tp * pp), pp, tp), mesh_dim_names=("dp", "pp", "tp"))
+    named = {name: _group(mesh.get_group(name)) for name in ("dp", "pp", "tp")}
+    return ProcessGroups(tp=named["tp"], pp=named["pp"], dp=named["dp"], world=_group(dist.group.WORLD))
+
+
+def _group(group: Any) -> Group:
+    import torch.distributed as dist
+
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Group(ranks, ranks.index(dist.get_rank()), group, group)
+
+
+def _group_of_one(counted: bool) -> Membership:
+    import torch.distributed as dist
+
+    # Local synchronisation: the other ranks of the host's world need not know.
+    made = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    group = Group((0,), 0, made, made)
+    return Membership(ProcessGroups(group, group, group, group), [made], counted)

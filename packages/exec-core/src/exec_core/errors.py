@@ -1,0 +1,261 @@
+"""Errors, named by who caused them.
+
+Each class keeps its facts as attributes, survives pickling (also with custom constructors, notes included), and says in
+``str(error)`` alone what happened, where, and what to do next: some hosts show nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+
+
+class ExecutorError(Exception):
+    """Base of every error that this library raises on its own account."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default calls ``cls(*args)`` again, which fails for constructors with keyword facts.
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild(cls: type[ExecutorError], args: tuple[object, ...], facts: dict[str, object]) -> ExecutorError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
+class ConfigError(ExecutorError, ValueError):
+    """A configuration value breaks a rule.
+
+    Attributes:
+        field: dotted name of the field, such as ``ParallelConfig.tensor_parallel_size``.
+        rule: what the field must be.
+        value: what it was (its repr when it could not be sent between processes).
+    """
+
+    def __init__(self, field: str, rule: str, value: object, remedy: str = "") -> None:
+        self.field, self.rule, self.value = field, rule, value
+        super().__init__(f"{field} {rule}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+
+
+class BackendNotFoundError(ExecutorError, LookupError):
+    """No installed package provides the requested backend.
+
+    Attributes:
+        backend: the name asked for.
+        available: the names that are installed.
+    """
+
+    def __init__(self, backend: str, available: Sequence[str], remedy: str) -> None:
+        self.backend, self.available = backend, tuple(available)
+        installed = ", ".join(self.available) or "none"
+        super().__init__(f"no executor backend {backend!r} is installed (installed: {installed}); {remedy}")
+
+
+class DeviceError(ExecutorError):
+    """Fewer devices than the configuration needs, or a device that is not there.
+
+    Attributes:
+        requested: devices asked for (one per rank on this machine).
+        found: devices that the workers would see.
+        hidden_by: ``NAME=value`` of the environment variable that hides devices, or None.
+    """
+
+    def __init__(self, what: str, requested: int, found: int, hidden_by: str | None, remedy: str) -> None:
+        self.requested, self.found, self.hidden_by = requested, found, hidden_by
+        hidden = f" ({hidden_by} hides the others)" if hidden_by else ""
+        super().__init__(f"{what}: {requested} requested, {found} found{hidden}; {remedy}")
+
+
+class SerializationError(ExecutorError, pickle.PicklingError, TypeError):
+    """Something in a message cannot be pickled. Nothing was sent.
+
+    Attributes:
+        path: where it sits, such as ``args[0]['lock']``.
+    """
+
+    def __init__(self, path: str, what: str, remedy: str = "") -> None:
+        self.path = path
+        super().__init__(f"{path} cannot be pickled: {what}" + (f"; {remedy}" if remedy else ""))
+
+
+class MessageTooLargeError(ExecutorError, ValueError):
+    """A message exceeds a limit. Nothing was sent.
+
+    Attributes:
+        nbytes: size of the message in bytes.
+        limit: the limit in bytes.
+    """
+
+    def __init__(self, what: str, nbytes: int, limit: int, remedy: str) -> None:
+        self.nbytes, self.limit = nbytes, limit
+        super().__init__(f"{what} takes {nbytes} bytes, the limit is {limit}; {remedy}")
+
+
+class ExecutorBusyError(ExecutorError):
+    """There is no room for one more call now; nothing was sent.
+
+    Attributes:
+        method: the call refused.
+        in_flight: calls in flight.
+        limit: ``RpcConfig.max_in_flight``.
+    """
+
+    def __init__(self, method: str, why: str, in_flight: int, limit: int, remedy: str) -> None:
+        self.method, self.in_flight, self.limit = method, in_flight, limit
+        super().__init__(f"{method!r} was not sent: {why} ({in_flight} of {limit} calls in flight); {remedy}")
+
+
+class ExecutorClosedError(ExecutorError):
+    """The executor is closing or closed, or belongs to another process.
+
+    Attributes:
+        method: the call refused or abandoned, or None.
+    """
+
+    def __init__(self, why: str, method: str | None = None) -> None:
+        self.method = method
+        super().__init__((f"{method!r}: " if method else "") + why)
+
+
+class ExecutorFailedError(ExecutorError):
+    """A call after a worker's death. ``__cause__`` is the failure itself.
+
+    Attributes:
+        method: the call refused, or None.
+    """
+
+    def __init__(self, failure: BaseException, method: str | None = None) -> None:
+        self.method = method
+        called = f"{method!r} was not sent: " if method else ""
+        super().__init__(f"{called}the executor has failed ({failure}); call restart() or shutdown()")
+
+
+class WorkerStartupError(ExecutorError):
+    """A worker did not become ready. ``__cause__`` is the original error where there is one.
+
+    Attributes:
+        rank: the first rank to fail, or None when no single rank did (a fork server that cannot start, say).
+        phase: ``launch``, ``init_worker``, ``init_device`` or ``load_model``.
+        pid: process of that rank, or None.
+    """
+
+    def __init__(self, rank: int | None, phase: str, why: str, pid: int | None = None, remedy: str = "") -> None:
+        self.rank, self.phase, self.pid = rank, phase, pid
+        who = "the workers" if rank is None else f"rank {rank}" + (f" (pid {pid})" if pid else "")
+        super().__init__(f"{who} failed in {phase}: {why}" + (f"; {remedy}" if remedy else ""))
+
+
+class WorkerDiedError(ExecutorError):
+    """A worker process ended while it was needed. It names the first worker to fail, by time.
+
+    Attributes:
+        rank, pid: the worker.
+        exit_code: its exit code, or None when a signal ended it or the code is unknown.
+        signal_name: such as ``SIGKILL``, or None.
+        method: the call it was in, or None when idle.
+        last_log_lines: what it last wrote, oldest first.
+    """
+
+    def __init__(
+        self,
+        rank: int | None,
+        pid: int | None,
+        *,
+        exit_code: int | None = None,
+        signal_name: str | None = None,
+        method: str | None = None,
+        last_log_lines: Sequence[str] = (),
+        why: str = "",
+    ) -> None:
+        self.rank, self.pid, self.exit_code, self.signal_name = rank, pid, exit_code, signal_name
+        self.method, self.last_log_lines = method, tuple(last_log_lines)
+        if signal_name is not None:
+            how = f"was killed by {signal_name}"
+        elif exit_code is not None:
+            how = f"exited with code {exit_code}"
+        else:
+            how = "is gone, exit code unknown"
+        where = f" in {method!r}" if method else " while idle"
+        text = f"rank {rank} (pid {pid}) {how}{where}" + (f": {why}" if why else "")
+        if last_log_lines:
+            text += "; its last lines:\n  " + "\n  ".join(last_log_lines)
+        super().__init__(text)
+
+
+class RpcTimeoutError(ExecutorError, TimeoutError):
+    """A call's deadline passed. The executor stays usable; the late replies are dropped.
+
+    Attributes:
+        method: the call.
+        timeout_s: its limit in seconds.
+        answered_ranks, pending_ranks: who has acknowledged and who has not.
+        stacks: Python stack of each pending rank that could be asked, by rank.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        timeout_s: float,
+        answered_ranks: Sequence[int],
+        pending_ranks: Sequence[int],
+        stacks: Mapping[int, str] | None = None,
+        why: str = "",
+    ) -> None:
+        self.method, self.timeout_s = method, timeout_s
+        self.answered_ranks, self.pending_ranks = tuple(answered_ranks), tuple(pending_ranks)
+        self.stacks = dict(stacks or {})
+        text = (
+            f"{method!r} took longer than {timeout_s:g} s" + (f" ({why})" if why else "") + ": "
+            f"ranks {list(self.pending_ranks)} have not answered, ranks {list(self.answered_ranks)} have; "
+            "raise the timeout, or see check_health() and workers for what they are doing"
+        )
+        for rank, stack in self.stacks.items():
+            text += f"\nrank {rank}:\n{stack.rstrip()}"
+        super().__init__(text)
+
+
+class RankDivergenceError(ExecutorError):
+    """Ranks of an SPMD program issued different calls.
+
+    Attributes:
+        calls: the first differing call of each rank, by rank.
+    """
+
+    def __init__(self, calls: Mapping[int, str], remedy: str = "run the same calls in the same order") -> None:
+        self.calls = dict(calls)
+        listed = ", ".join(f"rank {rank}: {call}" for rank, call in sorted(self.calls.items()))
+        super().__init__(f"ranks diverged: {listed}; {remedy}")
+
+
+class WorkerError(ExecutorError):
+    """An error of worker code that cannot arrive as its own type.
+
+    That is: a SystemExit or KeyboardInterrupt, or an exception that cannot be pickled there or loaded here.
+
+    Attributes:
+        rank, pid, method: where it happened.
+        type_name, text: the original's type and ``str``.
+        traceback: the remote traceback as text.
+    """
+
+    def __init__(
+        self, rank: int, pid: int, method: str, type_name: str, text: str, traceback: str = "", why: str = ""
+    ) -> None:
+        self.rank, self.pid, self.method = rank, pid, method
+        self.type_name, self.text, self.traceback = type_name, text, traceback
+        super().__init__(
+            f"rank {rank} (pid {pid}) in {method!r}: {type_name}: {text}" + (f" ({why})" if why else "")
+        )
+
+
+class RemoteTraceback(Exception):
+    """The traceback of another process, as text; the ``__cause__`` of an error that came from a worker."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__(text)
+
+    def __str__(self) -> str:
+        return f"\n{self.text}"

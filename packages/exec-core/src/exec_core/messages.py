@@ -1,0 +1,264 @@
+"""What travels between driver and workers, as bytes: requests, values, errors.
+
+    encode(value)  ->  Encoded(parts, nbytes, format)      serialised once, whatever the number of receivers
+    decode(buffer, format)  ->  value                      in the receiver's own, private, writable memory
+
+Format NONE is an empty body, PICKLE one pickle, SEGMENTS a pickle and the memory of its tensors and arrays beside it
+(see `exec_core.arrays`)::
+
+    [n_segments, n_views, pickle_nbytes][segment nbytes ...][(segment, offset) of each view ...] pickle | segment | segment
+
+with 8-byte words, and pickle and segments each starting on a multiple of 64 bytes. Pickling follows cloudpickle's rules:
+functions and classes of ``__main__`` travel by value, those of a module by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+import pickle
+import struct
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import cloudpickle
+
+from exec_core import arrays
+from exec_core.errors import RemoteTraceback, SerializationError, WorkerError
+
+Part = bytes | bytearray | memoryview
+
+
+class Format(enum.IntEnum):
+    """How a body is laid out."""
+
+    NONE = 0
+    PICKLE = 1
+    SEGMENTS = 2
+
+
+class Status(enum.IntEnum):
+    """What a reply says."""
+
+    VALUE = 0
+    ERROR = 1
+    PROGRESS = 2
+
+
+@attrs.frozen
+class Encoded:
+    """A body ready to be written: ``parts`` one after the other, ``nbytes`` in all."""
+
+    parts: Sequence[Part]
+    nbytes: int
+    format: Format
+
+
+@attrs.frozen
+class Request:
+    """One call as a worker runs it.
+
+    Attributes:
+        method: a worker method's name, or a callable that gets the worker first.
+        wants_value: whether the value is sent back; otherwise only that it has run.
+    """
+
+    method: str | Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = attrs.field(factory=dict)
+    wants_value: bool = True
+
+    @property
+    def name(self) -> str:
+        return method_name(self.method)
+
+
+@attrs.frozen
+class Reply:
+    """What became of a `Request`: a value, or an error with the monotonic time at which it was raised, in ns."""
+
+    value: Any = None
+    error: BaseException | None = None
+    time_ns: int = attrs.field(factory=time.monotonic_ns)
+
+
+@attrs.frozen
+class Failure:
+    """An error that arrived from a rank."""
+
+    rank: int
+    pid: int
+    error: BaseException
+    time_ns: int
+
+
+def method_name(method: str | Callable[..., Any]) -> str:
+    """A method for people: its name, or the callable's qualified name."""
+    return method if isinstance(method, str) else getattr(method, "__qualname__", type(method).__qualname__)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle ships no types
+    def __init__(self, file: io.BytesIO, table: arrays.ViewTable) -> None:
+        super().__init__(file, protocol=5)
+        self._table = table
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = self._table.reduce(obj)
+        return super().reducer_override(obj) if reduced is None else reduced
+
+
+_EMPTY = Encoded((), 0, Format.NONE)
+
+
+def encode(value: object, name: str = "the value") -> Encoded:
+    """``value`` as a message body; None is an empty one.
+
+    Raises:
+        SerializationError: naming the part of ``value`` that cannot be pickled; ``name`` is what to call the whole.
+    """
+    if value is None:
+        return _EMPTY
+    table, file = arrays.ViewTable(), io.BytesIO()
+    try:
+        _Pickler(file, table).dump(value)
+    except Exception as error:
+        path, cause = _culprit(value, name, error)
+        raise SerializationError(path, f"{type(cause).__name__}: {cause}") from error
+    pickled = file.getbuffer()
+    segments, views = table.segments()
+    if not segments:
+        return Encoded((pickled,), pickled.nbytes, Format.PICKLE)
+    words = [len(segments), len(views), pickled.nbytes, *(s.nbytes for s in segments)]
+    head = struct.pack(f"<{len(words) + 2 * len(views)}Q", *words, *(n for view in views for n in view))
+    parts: list[Part] = []
+    for part in (head, pickled):
+        parts += [part, bytes(-len(part) % arrays.ALIGNMENT)]
+    for segment in segments:
+        parts += [bytes(segment.lead), segment.memory(), bytes(-segment.nbytes % arrays.ALIGNMENT)]
+    return Encoded(parts, sum(map(len, parts)), Format.SEGMENTS)
+
+
+def decode(buffer: memoryview, fmt: int) -> Any:
+    """The value in ``buffer``, which may be reused as soon as this returns."""
+    if fmt == Format.NONE:
+        return None
+    if fmt == Format.PICKLE:
+        return pickle.loads(buffer)
+    # One copy into memory of our own; the views below lie over it and keep it alive.
+    memory = memoryview(bytearray(buffer))
+    n_segments, n_views, pickle_nbytes = struct.unpack_from("<3Q", memory)
+    words = struct.unpack_from(f"<{n_segments + 2 * n_views}Q", memory, 24)
+    position = arrays.round_up(8 * (3 + len(words)))
+    pickled = memory[position : position + pickle_nbytes]
+    position += arrays.round_up(pickle_nbytes)
+    segments = []
+    for nbytes in words[:n_segments]:
+        segments.append(memory[position : position + nbytes])
+        position += arrays.round_up(nbytes)
+    with arrays.loading(segments, list(zip(words[n_segments::2], words[n_segments + 1 :: 2], strict=True))):
+        return pickle.loads(pickled)
+
+
+def _culprit(value: object, path: str, error: Exception, depth: int = 6) -> tuple[str, Exception]:
+    """The innermost part of ``value`` that cannot be pickled on its own, and why."""
+    if depth:
+        for name, part in _parts(value, path):
+            try:
+                _Pickler(io.BytesIO(), arrays.ViewTable()).dump(part)
+            except Exception as inner:
+                return _culprit(part, name, inner, depth - 1)
+    return path, error
+
+
+def _parts(value: object, path: str) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        yield from ((f"{path}[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((f"{path}[{i}]", part) for i, part in enumerate(value))
+    elif callable(value) and hasattr(value, "__code__"):
+        names = value.__code__.co_names
+        yield from ((f"{path}: global {n!r}", value.__globals__[n]) for n in names if n in value.__globals__)  # type: ignore[attr-defined] # a function
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):  # type: ignore[attr-defined] # likewise
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield f"{path}: variable {name!r}", cell.cell_contents
+    elif not isinstance(value, type):
+        yield from ((f"{path}.{name}", part) for name, part in getattr(value, "__dict__", {}).items())
+
+
+def encode_call(request: Request) -> tuple[str, Encoded]:
+    """The method's name (empty for a callable, which then travels in the body) and the body of a request.
+
+    Raises:
+        SerializationError: naming the method or argument that cannot be pickled.
+    """
+    if isinstance(request.method, str):
+        if not request.args and not request.kwargs:
+            return request.method, _EMPTY
+        return request.method, _encode_named((request.args, request.kwargs), request)
+    return "", _encode_named((request.args, request.kwargs, request.method), request)
+
+
+def _encode_named(body: tuple[Any, ...], request: Request) -> Encoded:
+    try:
+        return encode(body)
+    except SerializationError as error:
+        names = ("args", "kwargs", "method")
+        for name, part in zip(names, body, strict=False):
+            encode(part, f"{request.name}: {name}")  # raises again, with the path from the argument on
+        raise error
+
+
+def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool) -> Request:
+    """The request that `encode_call` made. Unpickling may raise anything."""
+    if fmt == Format.NONE:
+        return Request(name, wants_value=wants_value)
+    args, kwargs, *method = decode(buffer, fmt)
+    return Request(method[0] if method else name, args, kwargs, wants_value)
+
+
+def encode_error(error: BaseException, why: str = "") -> Encoded:
+    """An error with its traceback; whatever cannot be pickled still arrives, as a `WorkerError`."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickled = None if not isinstance(error, Exception) else cloudpickle.dumps(error)
+    except Exception as unpicklable:
+        pickled, why = None, why or f"the exception cannot be pickled: {unpicklable}"
+    return encode((pickled, type(error).__qualname__, str(error), text, why))
+
+
+def decode_error(buffer: memoryview, fmt: int, rank: int, pid: int, method: str) -> BaseException:
+    """The error that a rank sent: its own type with a note and the remote traceback as cause, or a `WorkerError`."""
+    pickled, type_name, text, remote, why = decode(buffer, fmt)
+    error: Any = None
+    if pickled is not None:
+        try:
+            error = pickle.loads(pickled)
+            if not isinstance(error, Exception):
+                why = f"it was loaded as a {type(error).__qualname__}"
+        except Exception as unloadable:
+            why = f"the exception cannot be loaded here: {type(unloadable).__name__}: {unloadable}"
+    if not isinstance(error, Exception):
+        error = WorkerError(rank, pid, method, type_name, text, remote, why)
+    add_origin(error, rank, pid, method)
+    error.__cause__ = RemoteTraceback(remote)
+    return error
+
+
+def add_origin(error: BaseException, rank: int, pid: int, method: str) -> None:
+    """Notes on ``error`` where it was raised, once."""
+    note = f"rank {rank} (pid {pid}) in {method}"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def first_failure(failures: Sequence[Failure]) -> BaseException:
+    """The first of ``failures`` by time, with the others listed in its notes."""
+    first, *others = sorted(failures, key=lambda failure: failure.time_ns)
+    for other in others:
+        if other.error is not first.error:
+            first.error.add_note(f"also failed: rank {other.rank} (pid {other.pid}): {other.error!r}")
+    return first.error

@@ -1,0 +1,48 @@
+"""`UniProcExecutor`: one worker in the caller's process, for one device and for debugging."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import ClassVar
+
+from exec_core.config import ExecutorConfig
+from exec_core.devices import index_in_this_process, place
+from exec_core.errors import ConfigError
+from exec_core.inprocess import InProcessExecutor
+from exec_core.worker import WorkerInit
+
+
+class UniProcExecutor(InProcessExecutor):
+    """Runs the only worker in the calling thread: no processes, no pickling, breakpoints work.
+
+    ``worker_kwargs``, arguments and results pass by reference. Several may live in one process.
+    """
+
+    backend: ClassVar[str] = "uniproc"
+
+    def _worker_init(self) -> WorkerInit:
+        _check(self._config)
+        placement = place(self._config.device, self._config.parallel, local_size=1)
+        local_rank = index_in_this_process(placement, 0) if placement.kind == "cuda" else 0
+        return WorkerInit(
+            config=self._config,
+            rank=0,
+            local_rank=local_rank,
+            distributed_init_method=None,
+            device_name={"cuda": f"cuda:{local_rank}", "cpu": "cpu", "none": None}[placement.kind],
+            private_root=os.path.join(tempfile.gettempdir(), f"{self._name}-{self.generation}"),
+            executor=self._name,
+            backend=self.backend,
+            generation=self.generation,
+            in_driver=True,
+        )
+
+
+def _check(config: ExecutorConfig) -> None:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(config.parallel, name) != 1:
+            raise ConfigError(
+                f"ParallelConfig.{name}", "must be 1 with backend 'uniproc'", getattr(config.parallel, name),
+                remedy="use backend 'mp' for several ranks on one machine, 'torchrun' for replicas",
+            )  # fmt: skip
