@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 nox.needs_version = ">=2025.2.9"  # the first with `requires`
-nox.options.default_venv_backend = "virtualenv"  # uv and poetry would resolve torch to its CUDA build everywhere
+nox.options.default_venv_backend = "virtualenv"  # uv ignores the configuration of pip, say an index of CPU builds
 nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
 nox.options.sessions = ["lint", "types", "tests", "build", "integration"]

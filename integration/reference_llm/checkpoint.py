@@ -26,9 +26,7 @@ class Checkpoint:
         CheckpointError: when the file cannot be opened, or is shorter than the table says.
     """
 
-    def __init__(
-        self, path: str, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, path: str, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, device: torch.device) -> None:
         self.path = path
         self._tensors = tensors
         self.dtype = dtype
@@ -54,8 +52,8 @@ class Checkpoint:
     def columns(self, name: str, part: slice) -> torch.Tensor:
         """Columns ``part`` of the matrix ``name``: a row-parallel shard.
 
-        Only these columns' blocks are read. A slice that does not start and end with a block of the quantisation is cut out of
-        the blocks around it.
+        Only these columns' blocks are read. A slice that does not start and end with a block of the quantisation is cut
+        out of the blocks around it.
         """
         info = self._tensors[name]
         block, size = GGML_QUANT_SIZES[info.kind]

@@ -9,7 +9,8 @@ from collections import deque
 
 import torch
 import torch.distributed as dist
-from exec_core import WorkerContext
+
+from exec_core import ConfigError, ProcessGroups, WorkerContext
 
 
 class Collectives:
@@ -27,6 +28,13 @@ class Collectives:
         self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     @property
+    def _joined(self) -> ProcessGroups:
+        if self._groups is None:
+            remedy = "leave it None, or use one rank"
+            raise ConfigError("DeviceConfig.distributed_backend", "must join the ranks to each other", "none", remedy)
+        return self._groups
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank embeds tokens."""
         return self.pp_rank == 0
@@ -39,7 +47,7 @@ class Collectives:
     def sum_over_shards(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of every shard's ``partial``, in place where there are several."""
         if self.tp_size > 1:
-            dist.all_reduce(partial, group=self._groups.tp.device_group)
+            dist.all_reduce(partial, group=self._joined.tp.device_group)
         return partial
 
     def stack_shards(self, mine: torch.Tensor) -> torch.Tensor:
@@ -47,14 +55,14 @@ class Collectives:
         if self.tp_size == 1:
             return mine[None]
         stacked = mine.new_empty((self.tp_size, *mine.shape))
-        dist.all_gather(list(stacked.unbind()), mine.contiguous(), group=self._groups.tp.device_group)
+        dist.all_gather(list(stacked.unbind()), mine.contiguous(), group=self._joined.tp.device_group)
         return stacked
 
     def send_to_next_stage(self, hidden: torch.Tensor) -> None:
         """Starts sending ``hidden`` and returns: this stage goes on with its next step meanwhile."""
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
-        pipeline = self._groups.pp
+        pipeline = self._joined.pp
         hidden = hidden.contiguous()
         work = dist.isend(hidden, dst=pipeline.ranks[self.pp_rank + 1], group=pipeline.device_group)
         if work is None:
@@ -63,6 +71,6 @@ class Collectives:
 
     def receive_from_previous_stage(self, hidden: torch.Tensor) -> torch.Tensor:
         """Fills ``hidden`` with what the stage before sent."""
-        pipeline = self._groups.pp
+        pipeline = self._joined.pp
         dist.recv(hidden, src=pipeline.ranks[self.pp_rank - 1], group=pipeline.device_group)
         return hidden

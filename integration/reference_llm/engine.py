@@ -3,20 +3,20 @@
     requests ─ admit ─ lanes ─ StepRequest ─> executor ─ tokens ─ events
                (KV blocks)  (one for each pipeline stage, all in flight)
 
-The running sequences are split into as many lanes as there are pipeline stages. A lane's next step needs the tokens of its last
-one, but not those of the others: while one lane is in the first stage another is in the second.
+The running sequences are split into as many lanes as there are pipeline stages. A lane's next step needs the tokens of
+its last one, but not those of the others: while one lane is in the first stage another is in the second.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import attrs
-from exec_core import ConfigError, Executor
 
+from exec_core import ConfigError, Executor
 from reference_llm.hparams import Hparams
 from reference_llm.steps import Sampling, SequenceStep, StepRequest
 
@@ -99,16 +99,15 @@ class Engine:
         if gpu < 1:
             remedy = "raise CacheConfig.gpu_memory_utilization, or use more ranks or a smaller model"
             raise ConfigError("KV cache", "must have room for at least one block beside the model", gpu, remedy)
-        # A block beyond what the longest batch of one could use is only useful with more sequences: keep them all.
         executor.initialize_cache(gpu, cpu)
         self.num_blocks = gpu
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
         """Answers ``requests`` together and yields what happens, as it happens.
 
-        A request waits while too few blocks are free for its longest answer. One that can never fit is refused; the others go
-        on. Abandoning the iterator is fine: steps under way come before the next ones on every rank, so that what they still
-        write into the cache is written over.
+        A request waits while too few blocks are free for its longest answer. One that can never fit is refused; the
+        others go on. Abandoning the iterator is fine: on every rank the steps under way come before the next ones, so
+        that what they still write into the cache is written over.
 
         Raises:
             Exception: what the executor raises when a step fails.
@@ -128,7 +127,7 @@ class _Generation:
         self.waiting: deque[tuple[int, GenerationRequest]] = deque()
         self.lanes: list[list[_Running]] = [[] for _ in range(executor.config.parallel.pipeline_parallel_size)]
         self.idle = set(range(len(self.lanes)))
-        self.in_flight: deque[tuple[int, Future[list[int]]]] = deque()  # in the order sent, which is that of the answers
+        self.in_flight: deque[tuple[int, Callable[[], list[int]]]] = deque()  # steps in order, and what waits for each
 
     def run(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
         for index, request in enumerate(requests):
@@ -139,8 +138,8 @@ class _Generation:
                 yield Event(index=index, finish="refused", error=error)
         self.advance_lanes()
         while self.in_flight:
-            lane, future = self.in_flight.popleft()
-            tokens = future.result()
+            lane, wait = self.in_flight.popleft()
+            tokens = wait()
             running = self.lanes[lane]
             events = [sequence.advance(token) for sequence, token in zip(running, tokens, strict=True)]
             self.lanes[lane] = [s for s, event in zip(running, events, strict=True) if event.finish is None]
@@ -166,9 +165,14 @@ class _Generation:
         self.admit()
         for lane in sorted(self.idle, key=lambda lane: len(self.lanes[lane]), reverse=True):
             if self.lanes[lane]:
-                step = StepRequest(tuple(sequence.step() for sequence in self.lanes[lane]))
-                self.in_flight.append((lane, self.executor.execute_model(step, non_block=True)))
+                self.in_flight.append((lane, self.send(StepRequest(tuple(s.step() for s in self.lanes[lane])))))
                 self.idle.discard(lane)
+
+    def send(self, step: StepRequest) -> Callable[[], list[int]]:
+        """Starts ``step`` and returns what waits for its tokens."""
+        if len(self.lanes) == 1:  # nothing to overlap with: a blocking call saves a change of threads
+            return partial(self.executor.execute_model, step)
+        return self.executor.execute_model(step, non_block=True).result
 
     def admit(self) -> None:
         """Moves waiting requests, oldest first, into the shortest idle lanes while there are blocks for them."""

@@ -1,7 +1,8 @@
 """The header of a GGUF file: metadata and a table of tensors.
 
-`gguf.GGUFReader` builds several numpy arrays for each of the 98,000 strings of a vocabulary: 3 s and more to open a small model.
-Here the header is one pass over a memory map, 0.1 s; what the numbers mean (types, block sizes) comes from `gguf`.
+`gguf.GGUFReader` builds several numpy arrays for each of the 98,000 strings of a vocabulary: 3 s and more to open a
+small model. Here the header is one pass over a memory map, 0.1 s. What its numbers mean (types, block sizes) comes from
+`gguf`.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -33,6 +34,7 @@ _SCALARS = {
     GGUFValueType.BOOL: struct.Struct("<?"),
 }
 _GET_COMPLETE = "get the complete file again"
+_CONVERT = "convert it again with llama.cpp"
 
 
 @attrs.frozen
@@ -96,7 +98,7 @@ def read_gguf(path: str) -> GgufFile:
                 raise CheckpointError(path, "is cut short within its header", _GET_COMPLETE)
             version = int.from_bytes(start[4:], "little")
             if version not in VERSIONS:
-                raise CheckpointError(path, f"has GGUF version {version}, not 2 or 3", "convert it again with llama.cpp")
+                raise CheckpointError(path, f"has GGUF version {version}, not 2 or 3", _CONVERT)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Header(path, data).read()
     except OSError as error:
@@ -176,7 +178,7 @@ class _Header:
         if item is GGUFValueType.STRING:
             return key, self._strings(count)
         if item is GGUFValueType.ARRAY:
-            raise CheckpointError(self.path, f"has nested arrays in {key}", "convert it again with llama.cpp")
+            raise CheckpointError(self.path, f"has nested arrays in {key}", _CONVERT)
         return key, list(self._unpack(struct.Struct(f"<{count}{_SCALARS[item].format[1:]}")))
 
     def _tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
-from exec_core import ConfigError
 
+from exec_core import ConfigError
 from reference_llm.errors import CheckpointError
 from reference_llm.gguf_file import GgufFile
 
@@ -56,8 +56,7 @@ class Hparams:
         if file.metadata.get("llama.rope.scaling.type", "none") != "none":
             raise CheckpointError(file.path, "scales its rotary embeddings, which is not supported", _ANOTHER)
         hparams = cls._from_metadata(file)
-        hparams._check_sizes(file.path)
-        hparams._check_tensors(file)
+        _check(file, hparams)
         return hparams
 
     @classmethod
@@ -80,26 +79,8 @@ class Hparams:
             rope_factors=ROPE_FACTORS in file.tensors,
         )
 
-    def _check_sizes(self, path: str) -> None:
-        if self.head_dim % 2 or self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            sizes = f"{self.num_heads} heads of {self.head_dim} with {self.num_kv_heads} KV heads"
-            raise CheckpointError(path, f"has {sizes}, which do not go together", _ANOTHER)
-
-    def _check_tensors(self, file: GgufFile) -> None:
-        rotary = _int(file, "llama.rope.dimension_count", self.head_dim)
-        if rotary != self.head_dim:
-            raise CheckpointError(file.path, f"rotates {rotary} of {self.head_dim} dimensions, not all", _ANOTHER)
-        expected = dict(self._tensor_shapes())
-        for name, shape in expected.items():
-            if name not in file.tensors:
-                raise CheckpointError(file.path, f"has no tensor {name}", "get the complete file again")
-            if (found := file.tensors[name].shape) != shape:
-                raise CheckpointError(file.path, f"has tensor {name} of shape {found}, not {shape}", _ANOTHER)
-        if unknown := sorted(set(file.tensors).difference(expected)):
-            problem = f"has {len(unknown)} tensors that a plain Llama model has not, such as {unknown[0]}"
-            raise CheckpointError(file.path, problem, _ANOTHER)
-
-    def _tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor of the model with its shape, rows first."""
         hidden, inner = self.hidden_size, self.intermediate_size
         q_rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         yield EMBEDDING, (self.vocab_size, hidden)
@@ -134,9 +115,10 @@ class Hparams:
         """
         fitting = self.tensor_parallel_sizes
         if tensor_parallel_size not in fitting:
+            cut = f"{self.num_heads} heads, {self.num_kv_heads} KV heads and {self.intermediate_size} MLP units"
             raise ConfigError(
                 "ParallelConfig.tensor_parallel_size",
-                f"must divide {self.num_heads} heads, {self.num_kv_heads} KV heads and {self.intermediate_size} inner dimensions",
+                f"must divide the model's {cut}",
                 tensor_parallel_size,
                 remedy=f"{' or '.join(map(str, fitting))} would work",
             )
@@ -178,3 +160,22 @@ def _int(file: GgufFile, key: str, default: int | None = None) -> int:
         return value
     problem = f"has no {key}" if value is None else f"has {key} {value!r}, which is no positive number"
     raise CheckpointError(file.path, problem, _ANOTHER)
+
+
+def _check(file: GgufFile, hparams: Hparams) -> None:
+    """Raises CheckpointError where sizes contradict each other, or the tensors are not the ones that they ask for."""
+    heads, kv_heads, head_dim = hparams.num_heads, hparams.num_kv_heads, hparams.head_dim
+    if head_dim % 2 or heads % kv_heads:
+        sizes = f"{heads} heads of {head_dim} with {kv_heads} KV heads"
+        raise CheckpointError(file.path, f"has {sizes}, which do not go together", _ANOTHER)
+    if (rotary := _int(file, "llama.rope.dimension_count", head_dim)) != head_dim:
+        raise CheckpointError(file.path, f"rotates {rotary} of {head_dim} dimensions, not all", _ANOTHER)
+    expected = dict(hparams.tensor_shapes())
+    for name, shape in expected.items():
+        if name not in file.tensors:
+            raise CheckpointError(file.path, f"has no tensor {name}", "get the complete file again")
+        if (found := file.tensors[name].shape) != shape:
+            raise CheckpointError(file.path, f"has tensor {name} of shape {found}, not {shape}", _ANOTHER)
+    if unknown := sorted(set(file.tensors).difference(expected)):
+        problem = f"has {len(unknown)} tensors that a plain Llama model has not, such as {unknown[0]}"
+        raise CheckpointError(file.path, problem, _ANOTHER)

@@ -13,7 +13,7 @@ from reference_llm.steps import SequenceStep, StepRequest
 
 @attrs.frozen(kw_only=True)
 class Layout:
-    """The tokens of all sequences of a step, one after the other: whole prompts first, then one token of each other sequence.
+    """The tokens of all sequences of a step, one after the other: whole prompts, then one token of each other sequence.
 
     Attributes:
         tokens, positions, slots: ``[tokens]`` int64: id, position in its sequence, place in the KV cache.
@@ -71,7 +71,7 @@ def lay_out(request: StepRequest, block_size: int, dtype: torch.dtype, device: t
 def _rows(sequence: SequenceStep, block_size: int) -> list[tuple[int, int, int]]:
     """Id, position and slot of each token."""
     if sequence.start and len(sequence.tokens) > 1:
-        raise ValueError(f"{len(sequence.tokens)} tokens from position {sequence.start}: a prompt is computed whole, from 0")
+        raise ValueError(f"{len(sequence.tokens)} tokens from position {sequence.start}; a prompt starts at 0, whole")
     places = enumerate(sequence.tokens, sequence.start)
     return [(token, at, sequence.blocks[at // block_size] * block_size + at % block_size) for at, token in places]
 

@@ -13,8 +13,8 @@ _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" with a number of this size
 def available_host_bytes(root: Path = Path("/")) -> int:
     """Bytes that processes of this machine and this control group may still take.
 
-    The smaller of what the kernel calls available and of what the control groups above this process leave. Memory that a
-    group's page cache holds counts as free: the kernel drops it first.
+    The smaller of what the kernel calls available and what the control groups above this process leave. Page cache that
+    is not in use counts as free: the kernel drops it first.
     """
     meminfo = (root / "proc/meminfo").read_text()
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from exec_core import Worker, WorkerContext
 
+from exec_core import Worker, WorkerContext
 from reference_llm.checkpoint import Checkpoint
 from reference_llm.collectives import Collectives
 from reference_llm.gguf_file import TensorInfo
@@ -24,8 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LlamaWorker(Worker):
     """Runs a Llama-family GGUF file.
 
-    Every rank gets the same `StepRequest`; ranks of one stage compute it together, stages hand hidden states on. Steps may be
-    in flight: each rank computes them in the order they were sent.
+    Every rank gets the same `StepRequest`: the ranks of one stage compute it together, and stages hand hidden states
+    on. Several steps may be in flight: each rank computes them in the order in which they were sent.
 
     Args:
         path: the file, at the same place for every rank.
@@ -82,8 +82,9 @@ class LlamaWorker(Worker):
     def determine_num_available_blocks(self) -> tuple[int, int]:
         """Blocks that fit on the device beside the model, and blocks that ``CacheConfig.cpu_swap_bytes`` would hold.
 
-        On CUDA: ``gpu_memory_utilization`` of the device, less the peak of a run with the longest prompt. On CPU: that share of
-        the memory that is available, divided by the ranks of this machine. ``num_gpu_blocks`` and ``num_cpu_blocks`` override.
+        On CUDA: ``gpu_memory_utilization`` of the device, less the peak of a run with the longest prompt. On CPU: that
+        share of the memory that is available, divided by the number of ranks. ``CacheConfig.num_gpu_blocks`` and
+        ``num_cpu_blocks`` override.
         """
         cache = self.context.config.cache
         gpu, cpu = cache.num_gpu_blocks, cache.num_cpu_blocks
@@ -120,7 +121,7 @@ class LlamaWorker(Worker):
             dtype=self.dtype,
         )
 
-    def initialize_cache(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None:
+    def initialize_cache(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None:  # noqa: ARG002 # nothing is swapped
         """Allocates ``num_gpu_blocks`` on the device.
 
         Nothing is allocated for ``num_cpu_blocks``: the engine admits only what fits, and never swaps.
@@ -152,4 +153,4 @@ class LlamaWorker(Worker):
             logits = model(layout, cache)
             if logits is None:
                 return None
-            return choose_tokens(logits, model.vocabulary, self.hparams.vocab_size, request.sequences, model.collectives)
+            return choose_tokens(logits, model, request.sequences)

@@ -1,9 +1,8 @@
 """The executor: one interface over every strategy.
 
-    collective_rpc -> Call -> _run (blocking) or _submit (Future) -> the backend -> every rank's WorkerWrapper
+    collective_rpc -> Call -> WorkerGroup.run (blocking) or .submit (Future) -> every rank's WorkerWrapper
 
-A backend implements five methods: `_launch`, `_run`, `_submit`, `_teardown` and `_worker_infos`. Everything a caller sees is
-here: the start sequence (``init_worker``, ``init_device``, ``load_model``), the calls of an engine, and what happens after a
+A backend implements one method, `_launch`, and the `WorkerGroup` that it returns. Everything a caller sees is here: the start sequence (``init_worker``, ``init_device``, ``load_model``), the calls of an engine, and what happens after a
 failure. The states are those of `exec_core.lifecycle`.
 """
 
@@ -19,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, overload
 
 import attrs
 
@@ -60,6 +59,32 @@ class WorkerInfo:
     timed_out: bool = False
 
 
+class WorkerGroup(Protocol):
+    """The workers of one generation, as a backend's `Executor._launch` makes them.
+
+    Attributes:
+        inits: how to build each worker.
+    """
+
+    inits: Sequence[WorkerInit]
+
+    def run(self, call: Call) -> Any:
+        """Sends ``call``, waits for all its ranks, returns ``call.result(values)`` or raises; sets ``call.failure`` first."""
+
+    def submit(self, call: Call, wait: bool) -> Future[Any]:
+        """Sends ``call`` and returns its future.
+
+        Raises:
+            ExecutorBusyError: without room; at once if not ``wait``, else when the call's deadline has passed.
+        """
+
+    def infos(self) -> list[WorkerInfo]:
+        """What each rank is doing now, without queueing behind its work."""
+
+    def close(self, error: BaseException, deadline: float) -> None:
+        """Fails what is pending with ``error`` and ends all workers by ``deadline``. Twice is fine."""
+
+
 class Executor(abc.ABC):
     """Runs one worker per rank. Constructing it starts it; it is ready when the constructor returns.
 
@@ -83,6 +108,7 @@ class Executor(abc.ABC):
         self._name = f"exec-{os.getpid()}-{next(_numbers)}"
         self._all_ranks = tuple(range(config.parallel.world_size))
         self._lifecycle = Lifecycle()
+        self._group: WorkerGroup | None = None  # of this generation; set by the thread that starts or tears down
         self._closing = threading.Lock()  # held by the one thread that tears down
         self._progress_lock = threading.Lock()  # one on_progress at a time
         self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
@@ -93,31 +119,13 @@ class Executor(abc.ABC):
         _live.add(self)
         self._start()
 
-    # What a backend implements
-
     @abc.abstractmethod
-    def _launch(self, deadline: float) -> Sequence[WorkerInit]:
-        """Makes one `WorkerWrapper` per rank exist and reachable, and says how to build each. Owns what it has made at once."""
-
-    @abc.abstractmethod
-    def _run(self, call: Call) -> Any:
-        """Sends ``call``, waits for all its ranks, returns ``call.result(values)`` or raises; sets ``call.failure`` first."""
-
-    @abc.abstractmethod
-    def _submit(self, call: Call, wait: bool) -> Future[Any]:
-        """Sends ``call`` and returns its future.
+    def _launch(self, deadline: float) -> WorkerGroup:
+        """Makes one `WorkerWrapper` per rank exist and reachable by ``deadline``; the one method a backend must have.
 
         Raises:
-            ExecutorBusyError: without room; at once if not ``wait``, else when the call's deadline has passed.
+            ConfigError, DeviceError: before anything is started. WorkerStartupError: with nothing left running.
         """
-
-    @abc.abstractmethod
-    def _teardown(self, error: BaseException, deadline: float) -> None:
-        """Fails what is pending with ``error`` and ends everything `_launch` made by ``deadline``. Twice is fine."""
-
-    @abc.abstractmethod
-    def _worker_infos(self) -> list[WorkerInfo]:
-        """What each rank is doing now, without queueing behind its work."""
 
     # Lifecycle
 
@@ -155,7 +163,8 @@ class Executor(abc.ABC):
     @property
     def workers(self) -> list[WorkerInfo]:
         """What each rank is doing now; empty when closed."""
-        return self._worker_infos()
+        group = self._group
+        return [] if group is None else group.infos()
 
     def _logger(self) -> Any:
         names = {"executor": self._name, "backend": self.backend, "generation": self.generation}
@@ -166,8 +175,8 @@ class Executor(abc.ABC):
         self._log.info("executor starting", world_size=self.world_size)
         startup_s = self._config.rpc.startup_timeout_s
         try:
-            inits = self._launch(deadline_after(startup_s))
-            self._start_phase("init_worker", (list(inits),))
+            self._group = self._launch(deadline_after(startup_s))
+            self._start_phase("init_worker", (list(self._group.inits),))
             self._start_phase("init_device")
             self._start_phase("load_model", max_concurrent=self._config.parallel.max_parallel_loading_workers)
             if not self._lifecycle.move(State.READY):
@@ -175,7 +184,7 @@ class Executor(abc.ABC):
         except BaseException as error:
             self._log.error("executor did not start", error=str(error))
             with self._closing:
-                self._teardown(error, self._shutdown_deadline())
+                self._teardown(error)
             if self.generation:
                 self._lifecycle.move(State.FAILED, error)
             else:
@@ -204,8 +213,23 @@ class Executor(abc.ABC):
             why = f"{type(error).__name__}: {error}"
             raise WorkerStartupError(call.failure.rank, phase, why, call.failure.pid) from error
 
-    def _shutdown_deadline(self) -> float:
-        return deadline_after(self._config.rpc.shutdown_timeout_s)
+    def _open_group(self, call: Call) -> WorkerGroup:
+        group = self._group
+        if group is None:
+            raise ExecutorClosedError(f"the executor is {self.state.value}", call.name)
+        return group
+
+    def _run(self, call: Call) -> Any:
+        return self._open_group(call).run(call)
+
+    def _submit(self, call: Call, wait: bool) -> Future[Any]:
+        return self._open_group(call).submit(call, wait)
+
+    def _teardown(self, error: BaseException) -> None:
+        """Under ``_closing``: ends the workers, whatever state they are in."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.close(error, deadline_after(self._config.rpc.shutdown_timeout_s))
 
     def shutdown(self) -> None:
         """Closes, whatever the state: calls in flight raise `ExecutorClosedError`, workers end. Twice is fine; later calls raise.
@@ -221,7 +245,7 @@ class Executor(abc.ABC):
             started = time.monotonic()
             if closes:
                 self._log.info("executor closing")
-            self._teardown(ExecutorClosedError("the executor was shut down"), self._shutdown_deadline())
+            self._teardown(ExecutorClosedError("the executor was shut down"))
             self._lifecycle.move(State.CLOSED)
             _live.discard(self)
             self._log.info("executor closed", duration_ms=round((time.monotonic() - started) * 1e3, 1))
@@ -242,7 +266,7 @@ class Executor(abc.ABC):
         if not self._lifecycle.move(State.STARTING):
             raise ExecutorClosedError(f"restart() needs a failed executor, this one is {self.state.value}")
         with self._closing:
-            self._teardown(ExecutorClosedError("the executor is being restarted"), self._shutdown_deadline())
+            self._teardown(ExecutorClosedError("the executor is being restarted"))
         self._sleeping, self._loop, self._log = False, ExecutionLoop(self), self._logger()
         self._start()
 
@@ -455,7 +479,7 @@ class Executor(abc.ABC):
         """
         self._lifecycle.check_open("check_health")
         limit = self._config.rpc.stuck_after_s
-        infos = self._worker_infos()
+        infos = self.workers
         stuck = [w for w in infos if w.timed_out or (limit is not None and w.busy_s > limit)]
         if stuck:
             fine = [w.rank for w in infos if w not in stuck]

@@ -190,19 +190,23 @@ class InlineWorker:
             self._threads.append(thread)
             thread.start()
 
-    def close(self, deadline: float) -> bool:
-        """Drops what waits, and ends the threads by ``deadline``. False when a worker method is still running then."""
+    def drop_waiting(self) -> None:
+        """Takes no more jobs, and drops those whose turn has not come."""
         with self._lock:
             self._closed = True
-            dropped, threads = list(self._waiting), list(self._threads)
+            dropped = list(self._waiting)
             self._waiting.clear()
         for job in dropped:
             job.dropped = True
             if job.turn is not None:
                 job.turn.set()
+
+    def close(self, deadline: float) -> bool:
+        """Drops what waits, and ends the threads by ``deadline``. False when a worker method is still running then."""
+        self.drop_waiting()
         self._turns.put(None)
         self._unsettled.put(None)
-        for thread in threads:
+        for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
         while self._busy and self._runner != threading.get_ident() and time.monotonic() < deadline:

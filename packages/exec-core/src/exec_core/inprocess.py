@@ -1,64 +1,56 @@
-"""Executors whose only worker lives in this process: the common part of exec-uniproc and exec-torchrun.
+"""A group of one worker that lives in this process: the common part of the backends that start no processes.
 
-    _run      the calling thread runs the worker's method, in its turn
-    _submit   a thread of our own does; the future's deadline is watched by another
+    run       the calling thread runs the worker's method, in its turn
+    submit    a thread of our own does; the future's deadline is watched by another
 """
 
 from __future__ import annotations
 
-import abc
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from exec_core.asynchronous import Room
 from exec_core.calls import Call
 from exec_core.errors import ExecutorBusyError, ExecutorClosedError, RpcTimeoutError
-from exec_core.executor import Executor, WorkerInfo
+from exec_core.executor import WorkerInfo
 from exec_core.inline import Deadlines, InlineWorker
 from exec_core.messages import Failure, Reply
 from exec_core.worker import WorkerInit, WorkerWrapper
 
 
-class InProcessExecutor(Executor, abc.ABC):
-    """Runs the worker of one rank in the caller's process. A subclass says which, by `_worker_init`.
+class InProcessGroup:
+    """Runs the worker of one rank in the caller's process.
 
     A method that runs cannot be interrupted: a blocking call past its deadline returns when the method does, with its value.
+
+    Args:
+        init: how to build the worker.
+        room: told when a call has ended.
+        progress: ``fn(rank, done, total, what)``.
     """
 
-    _inline: InlineWorker | None = None
-    _wrapper: WorkerWrapper | None = None
-
-    @abc.abstractmethod
-    def _worker_init(self) -> WorkerInit:
-        """How to build the worker of this process. May raise `ConfigError` or `DeviceError`."""
-
-    def _launch(self, deadline: float) -> Sequence[WorkerInit]:
-        init = self._worker_init()
+    def __init__(self, init: WorkerInit, room: Room, progress: Callable[[int, int, int, str], None]) -> None:
+        self.inits = [init]
         self._rank = init.rank
-        self._pending: dict[Future[Any], Call] = {}  # guarded by _pending_lock
-        self._pending_lock = threading.Lock()
+        self._limit = init.config.max_in_flight
+        self._room = room
+        self._lock = threading.Lock()  # guards _pending
+        self._pending: dict[Future[Any], Call] = {}
         self._deadlines = Deadlines(self._expire)
-        self._wrapper = WorkerWrapper(init.rank, lambda *progress: self._report_progress(init.rank, *progress))
-        self._wrapper.update_environment_variables(self._config.env_of_rank(init.rank))
+        self._wrapper = WorkerWrapper(init.rank, lambda *reported: progress(init.rank, *reported))
+        self._wrapper.update_environment_variables(init.config.env_of_rank(init.rank))
         self._inline = InlineWorker(self._wrapper)
-        return [init]
 
-    def _open(self, call: Call) -> InlineWorker:
-        inline = self._inline
-        if inline is None:
-            raise ExecutorClosedError(f"the executor is {self.state.value}", call.name)
-        return inline
-
-    def _run(self, call: Call) -> Any:
-        inline = self._open(call)
-        inline.check_not_inside(call.name)
+    def run(self, call: Call) -> Any:
+        self._inline.check_not_inside(call.name)
         if not call.ranks:
             return call.result([])
-        job = inline.enqueue(call.request)
-        reply = inline.run(job, call.deadline, late=lambda reply: None)
+        job = self._inline.enqueue(call.request)
+        reply = self._inline.run(job, call.deadline, late=lambda reply: None)
         if reply is None:
             if job.dropped:
                 raise ExecutorClosedError("the executor was shut down", call.name)
@@ -71,8 +63,7 @@ class InProcessExecutor(Executor, abc.ABC):
             raise reply.error
         return call.result([reply.value] if call.reply_ranks else [])
 
-    def _submit(self, call: Call, wait: bool) -> Future[Any]:
-        inline = self._open(call)
+    def submit(self, call: Call, wait: bool) -> Future[Any]:
         future: Future[Any] = Future()
         if not call.ranks:
             future.set_result(call.result([]))
@@ -89,11 +80,11 @@ class InProcessExecutor(Executor, abc.ABC):
                     future.set_result(value)
 
         def start() -> bool:
-            with self._pending_lock:
-                live = future in self._pending
-            return live and (future.set_running_or_notify_cancel() or self._drop_cancelled(future))
+            if future not in self._pending:  # timed out while it waited for its turn
+                return True  # it runs all the same, as a sent call does on any backend
+            return future.set_running_or_notify_cancel() or self._drop_cancelled(future)
 
-        job = inline.enqueue(call.request, start, done)
+        job = self._inline.enqueue(call.request, start, done)
         if job.dropped and self._forget(future):
             raise ExecutorClosedError("the executor was shut down", call.name)
         if call.timeout_s is not None:
@@ -101,16 +92,15 @@ class InProcessExecutor(Executor, abc.ABC):
         return future
 
     def _take_place(self, future: Future[Any], call: Call, wait: bool) -> None:
-        limit = self._config.max_in_flight
         while True:
-            with self._pending_lock:
+            with self._lock:
                 in_flight = len(self._pending)
-                if in_flight < limit:
+                if in_flight < self._limit:
                     self._pending[future] = call
                     return
             if not wait or time.monotonic() >= call.deadline:
                 raise ExecutorBusyError(
-                    call.name, "no room", in_flight, limit, "wait for a call, or raise RpcConfig.max_in_flight"
+                    call.name, "no room", in_flight, self._limit, "wait for a call, or raise RpcConfig.max_in_flight"
                 )
             time.sleep(0.001)
 
@@ -120,7 +110,7 @@ class InProcessExecutor(Executor, abc.ABC):
 
     def _forget(self, future: Future[Any]) -> bool:
         """Whether ``future`` was pending; it is now the caller's to finish."""
-        with self._pending_lock:
+        with self._lock:
             known = self._pending.pop(future, None) is not None
         if known:
             self._deadlines.discard(future)
@@ -137,27 +127,21 @@ class InProcessExecutor(Executor, abc.ABC):
         if future.running() or future.set_running_or_notify_cancel():
             future.set_exception(error)
 
-    def _teardown(self, error: BaseException, deadline: float) -> None:
-        inline, wrapper, self._inline, self._wrapper = self._inline, self._wrapper, None, None
-        if inline is None or wrapper is None:
-            return
-        with self._pending_lock:
+    def infos(self) -> list[WorkerInfo]:
+        current = self._inline.current
+        if current is None:
+            return [WorkerInfo(self._rank, os.getpid(), "idle")]
+        return [WorkerInfo(self._rank, os.getpid(), "busy", current[0], time.monotonic() - current[1])]
+
+    def close(self, error: BaseException, deadline: float) -> None:
+        self._inline.drop_waiting()
+        with self._lock:
             futures = list(self._pending)
-        idle = inline.close(0.0 if not futures else time.monotonic())
         for future in futures:
             if self._forget(future):
                 self._end(future, error)
         self._deadlines.close()
-        if not idle and not inline.close(deadline):
-            self._log.warning("a worker method is still running in this process; its worker is not shut down")
-            return
-        wrapper.shutdown()
-
-    def _worker_infos(self) -> list[WorkerInfo]:
-        inline = self._inline
-        if inline is None:
-            return []
-        current = inline.current
-        if current is None:
-            return [WorkerInfo(self._rank, os.getpid(), "idle")]
-        return [WorkerInfo(self._rank, os.getpid(), "busy", current[0], time.monotonic() - current[1])]
+        if self._inline.close(deadline):
+            self._wrapper.shutdown()
+        elif self._wrapper.context is not None:
+            self._wrapper.context.log.warning("a worker method is still running in this process; its worker is not shut down")

@@ -9,11 +9,12 @@ from typing import ClassVar
 from exec_core.config import ExecutorConfig
 from exec_core.devices import index_in_this_process, place
 from exec_core.errors import ConfigError
-from exec_core.inprocess import InProcessExecutor
+from exec_core.executor import Executor
+from exec_core.inprocess import InProcessGroup
 from exec_core.worker import WorkerInit
 
 
-class UniProcExecutor(InProcessExecutor):
+class UniProcExecutor(Executor):
     """Runs the only worker in the calling thread: no processes, no pickling, breakpoints work.
 
     ``worker_kwargs``, arguments and results pass by reference. Several may live in one process.
@@ -21,8 +22,11 @@ class UniProcExecutor(InProcessExecutor):
 
     backend: ClassVar[str] = "uniproc"
 
-    def _worker_init(self) -> WorkerInit:
+    def _launch(self, deadline: float) -> InProcessGroup:
         _check(self._config)
+        return InProcessGroup(self._worker_init(), self._room, self._report_progress)
+
+    def _worker_init(self) -> WorkerInit:
         placement = place(self._config.device, self._config.parallel, local_size=1)
         local_rank = index_in_this_process(placement, 0) if placement.kind == "cuda" else 0
         return WorkerInit(

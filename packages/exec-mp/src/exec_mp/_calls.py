@@ -1,0 +1,203 @@
+"""The driver's calls in flight: who has answered, who owes what, which call fails with what. Pure: no I/O, no locks, no clock.
+
+    open -> [reply ...] -> finished (value or error) -> closed when every rank has acknowledged
+
+A call that finishes early (a time-out, a failing rank) stays here until the last of its ranks has answered: its late
+replies are recognised and dropped, its place in flight stays taken, and `Calls.late` names who is still inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import attrs
+from exec_core.calls import Call
+from exec_core.errors import RpcTimeoutError
+from exec_core.messages import Failure, first_failure
+
+DEATH_GRACE_S = 0.02  # an error reply waits so long for a death: a victim's peers often complain before it is reported
+
+
+@attrs.define(eq=False)
+class Entry:
+    """One call in flight.
+
+    Attributes:
+        id: its number on the wire, from 1.
+        number: its place in the request ring; None until sent, or when no remote rank runs it.
+        future: None for a blocking caller.
+        pending: ranks that have not acknowledged.
+        values: by rank.
+        failures: error replies so far.
+        settle_at: when a held-back error is final (monotonic seconds).
+        ungated: ranks that may not start yet, in order.
+        finished: ``error`` or ``values`` are final.
+        waiter: what wakes the blocking caller, where it waits for another thread.
+    """
+
+    id: int
+    call: Call
+    future: Future[Any] | None
+    pending: set[int]
+    number: int | None = None
+    values: dict[int, Any] = attrs.field(factory=dict)
+    failures: list[Failure] = attrs.field(factory=list)
+    settle_at: float = math.inf
+    ungated: list[int] = attrs.field(factory=list)
+    finished: bool = False
+    error: BaseException | None = None
+    waiter: Any = None
+
+    @property
+    def due(self) -> float:
+        """When something is to be done about this call even if no reply comes."""
+        return min(self.call.deadline, self.settle_at)
+
+    def outcome(self) -> Any:
+        """The value of a finished call, or its error raised."""
+        if self.error is not None:
+            if self.failures:
+                self.call.failure = min(self.failures, key=lambda failure: failure.time_ns)
+            raise self.error
+        return self.call.result([self.values[rank] for rank in self.call.reply_ranks])
+
+
+class Calls:
+    """All calls in flight of one generation. The caller serialises access."""
+
+    def __init__(self, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
+        self.closed_by: BaseException | None = None  # nothing is opened any more
+        self._open: dict[int, Entry] = {}
+        self._gated: list[Entry] = []  # those of them that start rank by rank, oldest first
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    def open(self, call: Call, future: Future[Any] | None) -> Entry | None:
+        """A place for ``call``, or None when `max_in_flight` is reached."""
+        if len(self._open) >= self.max_in_flight:
+            return None
+        entry = Entry(self._next, call, future, set(call.ranks))
+        if call.max_concurrent is not None and call.max_concurrent < len(call.ranks):
+            entry.ungated = list(call.ranks)
+            self._gated.append(entry)
+        self._next += 1
+        self._open[entry.id] = entry
+        return entry
+
+    def withdraw(self, entry: Entry) -> None:
+        """``entry`` was not sent after all."""
+        self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        self._open.pop(entry.id, None)
+        if entry in self._gated:
+            self._gated.remove(entry)
+
+    def get(self, call_id: int) -> Entry | None:
+        """The call in flight with this id."""
+        return self._open.get(call_id)
+
+    def name_of(self, call_id: int) -> str | None:
+        """Method of a call in flight."""
+        entry = self._open.get(call_id)
+        return None if entry is None else entry.call.name
+
+    def is_late(self, call_id: int) -> bool:
+        """Whether the caller of a call still in flight has given up on it."""
+        entry = self._open.get(call_id)
+        return entry is not None and entry.finished
+
+    def value(self, rank: int, call_id: int, value: Any) -> tuple[Entry | None, bool]:
+        """``rank`` has run the call. The entry if this finishes it, and whether the reply came too late for anyone."""
+        return self._acknowledge(rank, call_id, value, None, 0.0)
+
+    def error(self, call_id: int, failure: Failure, now: float) -> tuple[Entry | None, bool]:
+        """A rank has failed. While others owe an answer, the error is held back for `DEATH_GRACE_S`."""
+        return self._acknowledge(failure.rank, call_id, None, failure, now)
+
+    def _acknowledge(
+        self, rank: int, call_id: int, value: Any, failure: Failure | None, now: float
+    ) -> tuple[Entry | None, bool]:
+        entry = self._open.get(call_id)
+        if entry is None or rank not in entry.pending:
+            return None, False  # read twice, after an interruption
+        entry.pending.discard(rank)
+        if rank in entry.ungated:  # rank 0 inline waits for no gate
+            entry.ungated.remove(rank)
+        if not entry.pending:
+            self._drop(entry)
+        if entry.finished:
+            return None, True
+        if failure is not None:
+            entry.failures.append(failure)
+            entry.settle_at = min(entry.settle_at, now + DEATH_GRACE_S)
+        else:
+            entry.values[rank] = value
+        if entry.pending:
+            return None, False
+        return self._finish(entry, first_failure(entry.failures) if entry.failures else None), False
+
+    @staticmethod
+    def _finish(entry: Entry, error: BaseException | None) -> Entry:
+        entry.finished, entry.error = True, error
+        entry.settle_at = math.inf
+        return entry
+
+    def _futures(self) -> Iterator[Entry]:
+        return (entry for entry in self._open.values() if entry.future is not None and not entry.finished)
+
+    def due(self) -> float:
+        """When the next future is due (monotonic seconds), infinity for never. Blocking callers watch their own calls."""
+        return min((entry.due for entry in self._futures()), default=math.inf)
+
+    def overdue(self, now: float) -> list[Entry]:
+        """Unfinished futures that are due."""
+        return [entry for entry in self._futures() if entry.due <= now]
+
+    def abandon(self, entry: Entry, error: BaseException) -> None:
+        """The blocking caller of ``entry`` has left, interrupted: its replies are late ones now."""
+        if not entry.finished:
+            self._finish(entry, error)
+
+    def settle(self, entry: Entry, stacks: dict[int, str]) -> bool:
+        """Finishes an overdue call with its held-back error, or as timed out. False when it is finished already."""
+        if entry.finished:
+            return False
+        pending = sorted(entry.pending)
+        if entry.failures:
+            error = first_failure(entry.failures)
+            error.add_note(f"ranks {pending} are still inside {entry.call.name!r}")
+        else:
+            answered = [rank for rank in entry.call.ranks if rank not in entry.pending]
+            error = RpcTimeoutError(entry.call.name, entry.call.timeout_s or 0.0, answered, pending, stacks)
+        self._finish(entry, error)
+        return True
+
+    def close(self, error: BaseException) -> list[Entry]:
+        """Nothing is opened any more; every unfinished call finishes with ``error``."""
+        self.closed_by = self.closed_by or error
+        unfinished = [entry for entry in self._open.values() if not entry.finished]
+        for entry in unfinished:
+            self._finish(entry, error)
+        self._open.clear()
+        self._gated.clear()
+        return unfinished
+
+    def grants(self) -> list[tuple[int, Entry]]:
+        """Ranks that may now start a gated call. Only the oldest gated call gets any: each rank runs them in order."""
+        if not self._gated:
+            return []
+        oldest = self._gated[0]
+        running = len(oldest.pending) - len(oldest.ungated)
+        granted = oldest.ungated[: max(0, (oldest.call.max_concurrent or 0) - running)]
+        del oldest.ungated[: len(granted)]
+        return [(rank, oldest) for rank in granted]

@@ -1,0 +1,236 @@
+"""The driver's side of processes: the fork server of this process, and a session with it for each group of workers.
+
+    ForkServer (one per driver process) --open--> Session --fork--> worker, worker, ...
+
+The session's socket owns the workers: whatever closes it, this process's end included, ends them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from exec_core.errors import WorkerStartupError
+
+from exec_mp._forkserver import MAX_BYTES, Boot, Exited, Fork, Forked, Open, Opened, Refused, Signal
+
+_STOP_S = 5.0  # for a fork server to end; it only has to kill and reap
+
+_lock = threading.Lock()  # guards _server
+_server: ForkServer | None = None
+
+
+class ForkServer:
+    """The process that forks this process's workers (see `exec_mp._forkserver`)."""
+
+    def __init__(self) -> None:
+        self.driver = os.getpid()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pidfd = os.pidfd_open(self.driver)
+        paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *(p for p in sys.path if p)]
+        program = (
+            f"import sys; sys.path.extend(p for p in {paths!r} if p not in sys.path); "
+            f"from exec_mp._forkserver import main; main({theirs.fileno()}, {pidfd})"
+        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", program],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), pidfd),
+                start_new_session=True,  # Ctrl-C in the terminal is the driver's
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads on import
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(pidfd)
+        self._socket = ours
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self.driver == os.getpid() and self._process.poll() is None
+
+    def open(self, preload: Sequence[str], private_root: str = "") -> Session:
+        """Asks for a session; `Session.ready` waits for it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            record = pickle.dumps(Open(tuple(preload), [p for p in sys.path if p], private_root))
+            socket.send_fds(self._socket, [record], [theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return Session(ours, self.pid)
+
+    def stop(self) -> None:
+        """Ends the server and with it all its workers."""
+        self._socket.close()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Session:
+    """One group's connection to the fork server. One thread at a time uses it."""
+
+    def __init__(self, sock: socket.socket, server_pid: int) -> None:
+        self._socket = sock
+        self.server_pid = server_pid
+        self._early: deque[Exited] = deque()  # ends reported while something else was awaited
+        self._gone = False
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def ready(self, deadline: float) -> None:
+        """Waits until the server has imported what was asked for."""
+        self._expect(Opened, deadline, "the fork server to be ready")
+
+    def fork(self, rank: int, boot: Boot, fds: Sequence[int], *, execs: bool, deadline: float) -> int:
+        """Starts a process and returns its pid.
+
+        Args:
+            fds: its stdout and stderr, then what it finds from descriptor 4 on (3 is taken by the boot record).
+        """
+        memory = os.memfd_create("exec-mp-boot", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(memory), "wb") as file:
+                pickle.dump(boot, file)
+            socket.send_fds(self._socket, [pickle.dumps(Fork(rank, execs))], [memory, *fds])
+        except OSError as error:
+            raise WorkerStartupError(rank, "launch", f"the fork server is gone ({error})") from error
+        finally:
+            os.close(memory)
+        forked: Forked = self._expect(Forked, deadline, "a fork", rank)
+        return forked.pid
+
+    def _expect(self, wanted: type[Any], deadline: float, what: str, rank: int | None = None) -> Any:
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise WorkerStartupError(rank, "launch", f"timed out waiting for {what}", remedy="raise startup_timeout_s")
+            self._socket.settimeout(None if remaining == float("inf") else remaining)
+            with contextlib.suppress(TimeoutError):
+                record = self._receive()
+                if record is None:
+                    raise WorkerStartupError(rank, "launch", f"the fork server ended while waiting for {what}; see stderr")
+                if isinstance(record, wanted):
+                    return record
+                if isinstance(record, Refused):
+                    raise WorkerStartupError(rank, "launch", record.why)
+                self._early.append(record)
+
+    def _receive(self) -> Any:
+        try:
+            data = self._socket.recv(MAX_BYTES)
+        except ConnectionError:
+            data = b""
+        return pickle.loads(data) if data else None
+
+    def exits(self) -> list[Exited] | None:
+        """Workers whose end has been reported by now; None when the server itself is gone."""
+        found = list(self._early)
+        self._early.clear()
+        self._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while (record := self._receive()) is not None:
+                found.append(record)
+            self._gone = True
+        return None if self._gone and not found else found
+
+    def signal(self, number: int) -> None:
+        """Sends ``number`` to all workers and their process groups."""
+        with contextlib.suppress(OSError):  # the server is gone, and with it they are
+            self._socket.send(pickle.dumps(Signal(number)))
+
+    def close(self) -> None:
+        """Gives the workers up: the server kills those that still run."""
+        self._socket.close()
+
+
+def fork_server() -> ForkServer:
+    """This process's fork server, started if there is none."""
+    global _server
+    with _lock:
+        if _server is None or not _server.alive():
+            _server = ForkServer()
+        return _server
+
+
+def prestart(preload: Sequence[str] = ("torch",)) -> None:
+    """Starts the fork server early and has it import ``preload``, without waiting: the first executor then starts at once."""
+    fork_server().open(preload).close()
+
+
+def stop_fork_server() -> None:
+    """Ends the fork server and every worker of this process. Twice is fine; the next executor starts another."""
+    global _server
+    with _lock:
+        server, _server = _server, None
+        if server is not None and server.driver == os.getpid():
+            server.stop()
+
+
+atexit.register(stop_fork_server)
+
+
+def boot_record(entry: str, args: tuple[Any, ...], env: dict[str, str], affinity: frozenset[int] | None = None) -> Boot:
+    """The driver's state of this moment, with ``env`` on top, for a process that runs ``entry``."""
+    try:
+        cwd: str | None = os.getcwd()
+    except FileNotFoundError:
+        cwd = None
+    allowed = frozenset(os.sched_getaffinity(0)) if affinity is None else affinity
+    return Boot({**os.environ, **env}, [p or cwd or "" for p in sys.path], cwd, _umask(), allowed, entry, args)
+
+
+def _umask() -> int:
+    """Read from /proc: asking os.umask would set it for a moment, for all threads."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), 0o022)
+
+
+def run_program(session: Session, program: str, env: dict[str, str], deadline: float) -> str:
+    """Runs Python code in a forked child and returns what it printed."""
+    reading, writing = os.pipe()
+    try:
+        boot = boot_record("exec_mp._launcher:run_code", (program,), env)
+        pid = session.fork(-1, boot, [writing, 2], execs=False, deadline=deadline)
+    finally:
+        os.close(writing)
+    with os.fdopen(reading) as output:
+        printed = output.read()
+    while not any(end.pid == pid for end in session.exits() or ()):
+        time.sleep(0.001)  # its end is reported after its output has ended
+    return printed
+
+
+def run_code(program: str) -> None:
+    """Entry of `run_program`."""
+    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})  # noqa: S102 # our own text
+
+
+def end_groups(pids: Sequence[int]) -> None:
+    """Kills what is left of the process groups of workers whose server is gone and can no longer do it."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)

@@ -1,0 +1,143 @@
+"""A worker process: takes requests from its channel, runs them on the main thread, replies.
+
+    WorkerChannel.next -> decode -> WorkerWrapper.execute -> Replier.send -> WorkerChannel.publish
+
+A second thread, started for the first method that returns an async output, finishes those.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import queue
+import random
+import sys
+import threading
+import time
+from typing import Any
+
+from exec_core import messages
+from exec_core.messages import Encoded, Format, Reply, Request, Status
+from exec_core.worker import WorkerWrapper, as_async_output, select_device, set_threads, settle
+
+from exec_mp._channel import Geometry, Incoming, WorkerChannel
+
+BOOT_FD, RENDEZVOUS_FD, CHANNEL_FD, BELL_FD, DRIVER_BELL_FD = range(3, 8)
+_PROGRESS_EVERY_S = 0.05
+
+
+class Replier:
+    """Sends replies from whichever thread has one."""
+
+    def __init__(self, channel: WorkerChannel) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()  # one writer of the reply ring at a time
+        self._progress_at = 0.0  # when progress was sent last; guarded by _lock
+
+    def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
+        status, body = Status.VALUE, Encoded((), 0, Format.NONE)
+        error = reply.error
+        if error is None and wants_value:
+            try:
+                body = messages.encode(reply.value, f"the result of {name!r}")
+            except Exception as unpicklable:
+                error = unpicklable
+        if error is not None:
+            status, body = Status.ERROR, messages.encode_error(error)
+        with self._lock:
+            try:
+                self._channel.publish(call_id, status, body, reply.time_ns)
+            except Exception as unsendable:  # too large, or no memory: the small error always fits
+                self._channel.publish(call_id, Status.ERROR, messages.encode_error(unsendable), reply.time_ns)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._progress_at < _PROGRESS_EVERY_S and done < total:
+                return
+            self._progress_at = now
+            self._channel.publish(0, Status.PROGRESS, messages.encode((done, total, what)), 0, droppable=True)
+
+
+class _Outputs:
+    """Finishes async outputs, in order, on a thread of its own."""
+
+    def __init__(self, wrapper: WorkerWrapper, replier: Replier) -> None:
+        self._wrapper, self._replier = wrapper, replier
+        self._queue: queue.SimpleQueue[tuple[int, str, Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, call_id: int, name: str, value: Any) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="exec-output", daemon=True)
+            self._thread.start()
+        self._queue.put((call_id, name, value))
+
+    def _serve(self) -> None:
+        select_device(self._wrapper.context)
+        while (item := self._queue.get()) is not None:
+            call_id, name, value = item
+            try:
+                reply = Reply(settle(value, wanted=True))
+            except BaseException as error:
+                reply = Reply(error=error)
+            self._replier.send(call_id, name, reply, wants_value=True)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _decode(message: Incoming) -> tuple[Request | None, Reply]:
+    """The request, or why there is none: its arguments may be anything, also classes that cannot be imported here."""
+    try:
+        return messages.decode_call(message.name, message.body, message.format, message.wants_value), Reply()
+    except BaseException as error:
+        error.add_note("while the arguments were being unpickled in the worker")
+        return None, Reply(error=error)
+
+
+def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
+    """Until the driver says to leave."""
+    outputs = _Outputs(wrapper, replier)
+    while not (message := channel.next()).exits:
+        channel.set_current(message.call_id)
+        name = message.name
+        request, reply = _decode(message)
+        channel.done_reading()
+        if request is not None:
+            name = request.name
+            reply = wrapper.execute(request)
+            del request  # what it holds need not outlive the call
+        channel.set_current(0)
+        if as_async_output(reply.value) is None:
+            replier.send(message.call_id, name, reply, message.wants_value)
+        elif message.wants_value:
+            outputs.put(message.call_id, name, reply.value)
+        else:
+            replier.send(message.call_id, name, Reply(), wants_value=False)
+    outputs.close()
+
+
+def main(geometry: Geometry, rank: int, threads: int | None) -> None:
+    """Entry of a worker process, with its descriptors in place."""
+    faulthandler.enable()
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()  # the fork server's state would be every worker's
+    if threads is not None:
+        set_threads(threads)
+    channel = WorkerChannel(CHANNEL_FD, geometry, rank, BELL_FD, DRIVER_BELL_FD)
+    os.close(CHANNEL_FD)
+    replier = Replier(channel)
+    wrapper = WorkerWrapper(rank, replier.progress)
+    try:
+        serve(channel, wrapper, replier)
+    finally:
+        wrapper.shutdown()
+        with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()

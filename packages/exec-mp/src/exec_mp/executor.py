@@ -1,0 +1,141 @@
+"""`MultiprocessingDistributedExecutor`: one process per rank on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from typing import ClassVar
+
+from exec_core import devices
+from exec_core.devices import Placement
+from exec_core.errors import ConfigError
+from exec_core.executor import Executor, WorkerGroup
+from exec_core.inprocess import InProcessGroup
+from exec_core.worker import WorkerInit
+
+from exec_mp._channel import SPIN_S, DriverChannel, Geometry
+from exec_mp._group import Hooks, ProcessGroup
+from exec_mp._launcher import Session, boot_record, fork_server, run_program
+from exec_mp._output import inherited_output
+from exec_mp._worker_main import RENDEZVOUS_FD
+
+_ARENA_BYTES = 1 << 36  # address space only; smaller where limits refuse
+_READ_AT_IMPORT = ("OMP_", "KMP_", "GOMP_", "LD_PRELOAD")  # variables that a forked worker would be too late for
+
+
+class MultiprocessingDistributedExecutor(Executor):
+    """Runs one process per rank, forked from a server that has torch imported, over a shared-memory channel.
+
+    With ``driver_worker="inline"`` rank 0 runs in the caller's process; then a world of one has no other process at all.
+    """
+
+    backend: ClassVar[str] = "mp"
+
+    def _launch(self, deadline: float) -> WorkerGroup:
+        _check(self._config.parallel.data_parallel_size)
+        inline = self._config.parallel.driver_worker == "inline"
+        if inline and self.world_size == 1:
+            placement = devices.place(self._config.device, self._config.parallel, 1)
+            return InProcessGroup(self._init(0, placement, None, inline), self._room, self._report_progress)
+        if inline:
+            _refuse_process_group()
+        rpc = self._config.rpc
+        preload = rpc.preload if rpc.start_method == "forkserver" else ()
+        session = fork_server().open(preload, self._private_root)
+        try:
+            session.ready(deadline)
+            return self._fork_group(session, inline, deadline)
+        except BaseException:
+            session.close()
+            raise
+
+    def _fork_group(self, session: Session, inline: bool, deadline: float) -> ProcessGroup:
+        placement = devices.place(
+            self._config.device, self._config.parallel, self.world_size, count=lambda: _count(session, deadline)
+        )
+        ranks = self._all_ranks[1:] if inline else self._all_ranks
+        channel = DriverChannel(self._geometry(), ranks)
+        rendezvous = os.memfd_create("exec-mp-rendezvous", os.MFD_CLOEXEC)
+        try:
+            inits = [
+                self._init(rank, placement, RENDEZVOUS_FD if rank in ranks else rendezvous, inline and rank == 0)
+                for rank in self._all_ranks
+            ]
+            pids = {0: os.getpid()} if inline else {}
+            for rank in ranks:
+                pids[rank] = self._fork(session, channel, placement, rank, rendezvous, deadline)
+            hooks = Hooks(failed=self._fail, progress=self._report_progress, room=self._room, log=self._log)
+            return ProcessGroup(inits, pids, channel, session, rendezvous, hooks)
+        except BaseException:
+            channel.close()
+            os.close(rendezvous)
+            raise
+
+    def _fork(
+        self, session: Session, channel: DriverChannel, placement: Placement, rank: int, rendezvous: int, deadline: float
+    ) -> int:
+        device, size = self._config.device, self.world_size
+        env = {**placement.env(), **self._config.env_of_rank(rank)}
+        handled = placement.kind != "none"
+        threads = devices.threads_per_worker(device, size, {**os.environ, **env}) if handled else None
+        cores = devices.cores_of_rank(rank, size) if handled and device.cpu_affinity == "auto" else None
+        boot = boot_record("exec_mp._worker_main:main", (channel.geometry, rank, threads), env, cores)
+        execs = self._config.rpc.start_method == "spawn" or any(name.startswith(_READ_AT_IMPORT) for name in env)
+        with inherited_output() as (stdout, stderr):
+            fds = [stdout, stderr, rendezvous, channel.fd, channel.bells[rank], channel.bell]
+            return session.fork(rank, boot, fds, execs=execs, deadline=deadline)
+
+    def _geometry(self) -> Geometry:
+        rpc = self._config.rpc
+        return Geometry(
+            world_size=self.world_size,
+            slots=2 * self._config.max_in_flight,  # twice: ranks that run fewer calls may lag behind the others
+            inline_bytes=rpc.inline_bytes,
+            arena_bytes=_ARENA_BYTES,
+            spin_s=SPIN_S if rpc.spin_s == "auto" else rpc.spin_s,
+        )
+
+    @property
+    def _private_root(self) -> str:
+        return os.path.join(tempfile.gettempdir(), f"{self._name}-{self.generation}")
+
+    def _init(self, rank: int, placement: Placement, rendezvous: int | None, in_driver: bool) -> WorkerInit:
+        index = devices.index_in_this_process(placement, rank) if in_driver and placement.kind == "cuda" else rank
+        return WorkerInit(
+            config=self._config,
+            rank=rank,
+            local_rank=rank,
+            distributed_init_method=None if rendezvous is None else f"file:///proc/self/fd/{rendezvous}",
+            device_name={"cuda": f"cuda:{index}", "cpu": "cpu", "none": None}[placement.kind],
+            private_root=self._private_root,
+            executor=self._name,
+            backend=self.backend,
+            generation=self.generation,
+            in_driver=in_driver,
+        )
+
+
+def _check(data_parallel_size: int) -> None:
+    if data_parallel_size != 1:
+        raise ConfigError(
+            "ParallelConfig.data_parallel_size", "must be 1 with backend 'mp'", data_parallel_size,
+            remedy="use backend 'torchrun', or one executor per replica and reinitialize_distributed()",
+        )  # fmt: skip
+
+
+def _refuse_process_group() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        raise ConfigError(
+            "ParallelConfig.driver_worker", "must be 'process' while this process has a default process group", "inline",
+            remedy="rank 0 would need one of its own; or destroy the group first",
+        )  # fmt: skip
+
+
+def _count(session: Session, deadline: float) -> int:
+    """CUDA devices, counted in a fork that has torch already: no context in the driver or the server."""
+    if not devices.has_cuda_driver():
+        return 0
+    printed = run_program(session, devices.COUNT_PROGRAM, {}, deadline)
+    return int(printed.split()[-1])
