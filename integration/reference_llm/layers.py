@@ -19,8 +19,8 @@ from reference_llm.layout import Layout
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x @ weight.T`` for ``x`` ``[tokens, in]`` and ``weight`` ``[out, in]``."""
     if x.device.type == "cpu" and 1 < x.shape[0] <= 5:
-        # For so few tokens MKL is two to three times as fast with the large matrix on the left.
-        return torch.mm(weight, x.t()).t()
+        # For so few tokens MKL is two to three times as fast with the large matrix on the left, if x lies row by row.
+        return torch.mm(weight, x.t()).t().contiguous()
     return functional.linear(x, weight)
 
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, turns: torch.Tensor, layout: Layout, cache: PagedKVCache) -> torch.Tensor:
         """``[tokens, hidden]`` to the same; ``turns`` is ``[tokens, 1, head_dim / 2]``, complex."""
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = linear(x, self.qkv).contiguous().view(-1, heads, self.head_dim)
+        qkv = linear(x, self.qkv).view(-1, heads, self.head_dim)
         rotate_(qkv[:, : -self.num_kv_heads], turns)
         q, k, v = torch.split(qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         cache.write(self.layer, layout.slots, qkv[:, self.num_heads :])

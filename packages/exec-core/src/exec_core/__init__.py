@@ -5,6 +5,7 @@ Strategies are packages of their own (exec-uniproc, exec-mp, exec-torchrun), fou
 
 from exec_core.backends import create_executor
 from exec_core.config import CacheConfig, DeviceConfig, ExecutorConfig, LogConfig, ParallelConfig, RpcConfig
+from exec_core.context import WorkerContext, WorkerInit
 from exec_core.distributed import Group, ProcessGroups
 from exec_core.errors import (
     BackendNotFoundError,
@@ -23,10 +24,12 @@ from exec_core.errors import (
     WorkerError,
     WorkerStartupError,
 )
-from exec_core.executor import Executor, WorkerInfo
+from exec_core.executor import Executor
+from exec_core.group import WorkerGroup, WorkerInfo
 from exec_core.lifecycle import State
 from exec_core.messages import Reply, Request
-from exec_core.worker import AsyncOutput, ReconfigureDistributedRequest, Worker, WorkerContext, WorkerWrapper
+from exec_core.worker import AsyncOutput, ReconfigureDistributedRequest, Worker
+from exec_core.wrapper import WorkerWrapper
 
 __all__ = [
     "AsyncOutput",
@@ -59,7 +62,9 @@ __all__ = [
     "WorkerContext",
     "WorkerDiedError",
     "WorkerError",
+    "WorkerGroup",
     "WorkerInfo",
+    "WorkerInit",
     "WorkerStartupError",
     "WorkerWrapper",
     "create_executor",

@@ -7,7 +7,8 @@ from typing import Any
 
 from exec_core.config import ExecutorConfig
 from exec_core.errors import BackendNotFoundError, ConfigError
-from exec_core.executor import Executor, OnProgress
+from exec_core.base import OnProgress
+from exec_core.executor import Executor
 
 GROUP = "exec_core.executors"
 _DISTRIBUTIONS = {"mp": "exec-mp", "uniproc": "exec-uniproc", "torchrun": "exec-torchrun"}

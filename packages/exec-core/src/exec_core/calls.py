@@ -50,7 +50,7 @@ def deadline_after(timeout_s: float | None) -> float:
     return math.inf if timeout_s is None else time.monotonic() + timeout_s
 
 
-def chosen_ranks(name: str, chosen: Sequence[int] | None, among: tuple[int, ...]) -> tuple[int, ...]:
+def chosen_ranks(name: str, chosen: Sequence[Any] | None, among: tuple[int, ...]) -> tuple[int, ...]:
     """``chosen`` in rank order, or all of ``among`` when None.
 
     Raises:
@@ -64,7 +64,7 @@ def chosen_ranks(name: str, chosen: Sequence[int] | None, among: tuple[int, ...]
     return tuple(sorted(picked))
 
 
-def checked_timeout(timeout: float | None, default: float | None) -> float | None:
+def checked_timeout(timeout: Any, default: float | None) -> float | None:
     """``timeout``, or the default where it is None; infinity means no limit.
 
     Raises:
@@ -74,4 +74,4 @@ def checked_timeout(timeout: float | None, default: float | None) -> float | Non
         return default
     if not isinstance(timeout, int | float) or not timeout > 0:
         raise ConfigError("timeout", "must be None or seconds > 0", timeout)
-    return None if timeout == math.inf else timeout
+    return None if timeout == math.inf else float(timeout)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -67,8 +68,12 @@ def _is_env(value: object) -> bool:
     )
 
 
-def _tuple(value: object) -> object:
+def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _path(value: str | os.PathLike[str] | None) -> str | None:
+    return None if value is None else os.fspath(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -210,7 +215,7 @@ class LogConfig:
     worker_output: WorkerOutput = attrs.field(default="log", validator=_choice(WorkerOutput))
     directory: str | None = attrs.field(
         default=None,
-        converter=lambda v: None if v is None else str(v),
+        converter=_path,
         validator=_rule(lambda v: v is None or bool(v), "must be None or a path"),
     )
 
@@ -304,9 +309,8 @@ class ExecutorConfig:
         Raises:
             ConfigError: for an unknown key, naming it and the nearest known one, or for a bad value.
         """
-        nested = {a.name: a.default.factory for a in attrs.fields(cls) if a.name in _SECTIONS}  # type: ignore[union-attr] # a Factory each
         values = dict(_known_keys(cls, mapping, cls.__name__))
-        for name, section in nested.items():
+        for name, section in _SECTIONS.items():
             if isinstance(values.get(name), Mapping):
                 values[name] = section(**_known_keys(section, values[name], f"{cls.__name__}.{name}"))
         if "worker_cls" not in values:
@@ -314,7 +318,9 @@ class ExecutorConfig:
         return cls(**values)
 
 
-_SECTIONS = frozenset({"parallel", "device", "cache", "rpc", "log"})
+_SECTIONS: dict[str, type[Any]] = {
+    "parallel": ParallelConfig, "device": DeviceConfig, "cache": CacheConfig, "rpc": RpcConfig, "log": LogConfig,
+}  # fmt: skip
 
 
 def _known_keys(cls: type[Any], mapping: object, where: str) -> Mapping[str, Any]:

@@ -148,7 +148,7 @@ def _init_default(world: World) -> None:
     if world.timeout_s is not None:
         options["timeout"] = datetime.timedelta(seconds=world.timeout_s)
     if world.init_method is None:
-        options["store"] = dist.HashStore()
+        options["store"] = dist.HashStore()  # type: ignore[attr-defined] # public, not listed in its __all__
     else:
         options["init_method"] = world.init_method
     with _excepthook_kept():

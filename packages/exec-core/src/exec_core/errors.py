@@ -205,7 +205,7 @@ class RpcTimeoutError(ExecutorError, TimeoutError):
     ) -> None:
         self.method, self.timeout_s = method, timeout_s
         self.answered_ranks, self.pending_ranks = tuple(answered_ranks), tuple(pending_ranks)
-        self.stacks = dict(stacks or {})
+        self.stacks, self.why = dict(stacks or {}), why
         text = (
             f"{method!r} took longer than {timeout_s:g} s" + (f" ({why})" if why else "") + ": "
             f"ranks {list(self.pending_ranks)} have not answered, ranks {list(self.answered_ranks)} have; "
@@ -214,6 +214,11 @@ class RpcTimeoutError(ExecutorError, TimeoutError):
         for rank, stack in self.stacks.items():
             text += f"\nrank {rank}:\n{stack.rstrip()}"
         super().__init__(text)
+
+
+    def with_stacks(self, stacks: Mapping[int, str]) -> RpcTimeoutError:
+        """The same error with the stacks of the pending ranks."""
+        return RpcTimeoutError(self.method, self.timeout_s, self.answered_ranks, self.pending_ranks, stacks, self.why)
 
 
 class RankDivergenceError(ExecutorError):

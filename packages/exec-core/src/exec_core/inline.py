@@ -23,7 +23,8 @@ import attrs
 from exec_core import messages
 from exec_core.errors import ExecutorError, WorkerError
 from exec_core.messages import Reply, Request
-from exec_core.worker import WorkerWrapper, as_async_output, select_device, settle
+from exec_core.worker import as_async_output
+from exec_core.wrapper import WorkerWrapper, select_device, settle
 
 
 @attrs.define(eq=False)

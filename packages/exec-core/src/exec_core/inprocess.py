@@ -15,11 +15,12 @@ from typing import Any
 
 from exec_core.asynchronous import Room
 from exec_core.calls import Call
+from exec_core.context import WorkerInit
 from exec_core.errors import ExecutorBusyError, ExecutorClosedError, RpcTimeoutError
-from exec_core.executor import WorkerInfo
+from exec_core.group import WorkerInfo
 from exec_core.inline import Deadlines, InlineWorker
 from exec_core.messages import Failure, Reply
-from exec_core.worker import WorkerInit, WorkerWrapper
+from exec_core.wrapper import WorkerWrapper
 
 
 class InProcessGroup:

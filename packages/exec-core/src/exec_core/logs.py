@@ -19,17 +19,20 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from exec_core.config import LogConfig
 
+RELAY_MARK = "\x1e"  # begins a line of JSON that the driver turns into the event it was (a record separator, RFC 7464)
 _KEYS = ("timestamp", "level", "event", "logger", "executor", "backend", "generation", "rank", "pid")
 
 
 class LineWriter:
     """Writes each event as one line with one system call, so that processes sharing a stderr do not mix lines."""
 
-    def __init__(self, stream: Callable[[], TextIO] = lambda: sys.stderr) -> None:
+    def __init__(self, stream: Callable[[], TextIO] = lambda: sys.stderr, mark: str = "") -> None:
         self._stream = stream  # looked up at each event: hosts and tests replace sys.stderr
+        self._mark = mark
         self._lock = threading.Lock()
 
     def msg(self, line: str) -> None:
+        line = self._mark + line
         with self._lock:
             stream = self._stream()
             try:
@@ -72,7 +75,12 @@ def driver_logger(config: LogConfig, name: str, **bound: object) -> structlog.ty
 
 
 def configure_worker(fmt: str, level: str, **bound: object) -> None:
-    """Sends every structlog event and every `logging` record of this process to stderr in ``fmt``, with ``bound`` keys."""
+    """Sends every structlog event and every `logging` record of this process to stderr, with ``bound`` keys.
+
+    Args:
+        fmt: ``json``, ``console``, or ``relay``: JSON that the driver reads and writes in its own format.
+    """
+    mark = RELAY_MARK if fmt == "relay" else ""
 
     def add_bound(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         for key, value in bound.items():
@@ -83,10 +91,10 @@ def configure_worker(fmt: str, level: str, **bound: object) -> None:
     structlog.configure(
         processors=[*common, *_renderers(fmt)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: LineWriter(),
+        logger_factory=lambda *_: LineWriter(mark=mark),
         cache_logger_on_first_use=True,
     )
-    handler = _RecordHandler(LineWriter())
+    handler = _RecordHandler(LineWriter(mark=mark))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name, *common],
@@ -115,12 +123,20 @@ def _common() -> list[Processor]:
     return [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _timestamp,
     ]
 
 
+_now = structlog.processors.TimeStamper(fmt="iso", utc=True)
+
+
+def _timestamp(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    """Now, unless a worker's event brings its own time."""
+    return event if "timestamp" in event else _now(logger, name, event)
+
+
 def _renderers(fmt: str) -> list[Processor]:
-    if fmt == "json":
+    if fmt in ("json", "relay"):
         return [_stack_text, structlog.processors.format_exc_info, _in_order, structlog.processors.JSONRenderer(default=repr)]
     return [_rank_prefix, structlog.dev.ConsoleRenderer(colors=sys.stderr is not None and sys.stderr.isatty())]
 

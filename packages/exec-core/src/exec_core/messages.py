@@ -233,7 +233,7 @@ def encode_error(error: BaseException, why: str = "") -> Encoded:
 def decode_error(buffer: memoryview, fmt: int, rank: int, pid: int, method: str) -> BaseException:
     """The error that a rank sent: its own type with a note and the remote traceback as cause, or a `WorkerError`."""
     pickled, type_name, text, remote, why = decode(buffer, fmt)
-    error: Any = None
+    error: object = None
     if pickled is not None:
         try:
             error = pickle.loads(pickled)

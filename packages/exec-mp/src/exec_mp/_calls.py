@@ -56,6 +56,10 @@ class Entry:
         """When something is to be done about this call even if no reply comes."""
         return min(self.call.deadline, self.settle_at)
 
+    def is_due(self, now: float) -> bool:
+        """Whether something is to be done about this call now."""
+        return not self.finished and self.due <= now
+
     def outcome(self) -> Any:
         """The value of a finished call, or its error raised."""
         if self.error is not None:
@@ -161,14 +165,14 @@ class Calls:
 
     def overdue(self, now: float) -> list[Entry]:
         """Unfinished futures that are due."""
-        return [entry for entry in self._futures() if entry.due <= now]
+        return [entry for entry in self._futures() if entry.is_due(now)]
 
     def abandon(self, entry: Entry, error: BaseException) -> None:
         """The blocking caller of ``entry`` has left, interrupted: its replies are late ones now."""
         if not entry.finished:
             self._finish(entry, error)
 
-    def settle(self, entry: Entry, stacks: dict[int, str]) -> bool:
+    def settle(self, entry: Entry) -> bool:
         """Finishes an overdue call with its held-back error, or as timed out. False when it is finished already."""
         if entry.finished:
             return False
@@ -178,7 +182,7 @@ class Calls:
             error.add_note(f"ranks {pending} are still inside {entry.call.name!r}")
         else:
             answered = [rank for rank in entry.call.ranks if rank not in entry.pending]
-            error = RpcTimeoutError(entry.call.name, entry.call.timeout_s or 0.0, answered, pending, stacks)
+            error = RpcTimeoutError(entry.call.name, entry.call.timeout_s or 0.0, answered, pending)
         self._finish(entry, error)
         return True
 

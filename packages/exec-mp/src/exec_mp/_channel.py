@@ -43,8 +43,8 @@ from exec_mp._arena import Arena
 
 SPIN_S = 100e-6  # "auto": long enough to catch a prompt answer, short enough to cost nothing in a decode cadence
 
-REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, REPLIES_READ, GATE = range(6)  # rows of control words
-_ROWS = 6
+REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, REPLIES_READ, GATE = range(7)  # rows of control words
+_ROWS = 7
 _EXIT, _GATED, _CALLABLE = 1, 2, 4  # flags of a request
 _REQUEST = struct.Struct("<6Q")  # call id, flags, name bytes, body bytes, format, arena position (0: inline)
 _REPLY = struct.Struct("<6Q")  # call id, status, format, body bytes, arena position, time in ns
@@ -294,6 +294,10 @@ class DriverChannel:
         words, shared = self._shared.words, self._shared
         return words[shared.word(CURRENT_CALL, rank)], words[shared.word(SINCE_NS, rank)]
 
+    def stacks(self, rank: int) -> int:
+        """Stack reports that ``rank`` has written."""
+        return int(self._shared.words[self._shared.word(STACKS, rank)])
+
     def sleep(self, timeout_s: float | None) -> bool:
         """Waits on the bell for at most ``timeout_s``; whether it rang."""
         if not self._poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1e3) + 1)):
@@ -407,6 +411,10 @@ class WorkerChannel:
         words, shared = self._shared.words, self._shared
         words[shared.word(SINCE_NS, self._rank)] = time.monotonic_ns()
         words[shared.word(CURRENT_CALL, self._rank)] = call_id
+
+    def count_stack(self) -> None:
+        """One more stack report is written."""
+        self._shared.words[self._shared.word(STACKS, self._rank)] += 1
 
     def publish(self, call_id: int, status: int, body: Encoded, time_ns: int, *, droppable: bool = False) -> None:
         """Sends one reply; waits while the ring is full, unless it may be dropped.

@@ -75,9 +75,10 @@ class Forked(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """Send a signal to the process groups of all workers of the session."""
+    """Send a signal to one rank's process, or, without a rank, to the process groups of all workers of the session."""
 
     number: int
+    rank: int | None
 
 
 class Exited(NamedTuple):
@@ -172,7 +173,10 @@ class _Server:
         asked = pickle.loads(data)
         if isinstance(asked, Signal):
             for child in session.children.values():
-                _kill(child.pid, asked.number)
+                if asked.rank is None:
+                    _kill(child.pid, asked.number)
+                elif asked.rank == child.rank:
+                    os.kill(child.pid, asked.number)
         else:
             try:
                 session.tell(self._fork(session, asked, fds))

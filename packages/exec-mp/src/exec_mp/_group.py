@@ -24,6 +24,7 @@ import attrs
 from exec_core import messages
 from exec_core.asynchronous import Room
 from exec_core.calls import Call
+from exec_core.context import WorkerInit
 from exec_core.errors import (
     ExecutorBusyError,
     ExecutorClosedError,
@@ -32,16 +33,18 @@ from exec_core.errors import (
     RpcTimeoutError,
     WorkerDiedError,
 )
-from exec_core.executor import WorkerInfo
+from exec_core.group import WorkerInfo
 from exec_core.inline import InlineWorker, Job
 from exec_core.messages import Encoded, Failure, Reply
-from exec_core.worker import WorkerInit, WorkerWrapper
+from exec_core.wrapper import WorkerWrapper
 
 from exec_mp._calls import Calls, Entry
-from exec_mp._channel import NOTHING, DriverChannel
+from exec_mp._channel import NOTHING, DriverChannel, Geometry
 from exec_mp._forkserver import Exited
 from exec_mp._launcher import Session, end_groups
+from exec_mp._output import WorkerOutput
 from exec_mp._receiver import Receiver, Todo
+from exec_mp._stacks import Stacks
 
 _KILL_GRACE_S = 1.0  # beyond the deadline of a shutdown, for the kernel to free what killed workers hold
 
@@ -63,30 +66,45 @@ class Hooks:
     log: Any
 
 
-class ProcessGroup:
-    """The workers of one generation (see `exec_core.executor.WorkerGroup`).
+class Parts:
+    """What the workers of one generation share with the driver; made before they are forked, closed after they have ended.
 
-    Takes over ``session`` with the forked workers, ``channel`` and the descriptor ``rendezvous``; `close` ends them all.
-
-    Args:
-        inits: how to build each worker.
-        pids: process of each rank; of rank 0 this one, when it runs inline.
-        rendezvous: where the ranks meet, for rank 0 inline.
+    Attributes:
+        pids: process of each rank, entered as they are forked; of rank 0 this one, when it runs inline.
+        rendezvous: memfd in which the ranks meet to build process groups.
     """
 
     def __init__(
-        self,
-        inits: Sequence[WorkerInit],
-        pids: dict[int, int],
-        channel: DriverChannel,
-        session: Session,
-        rendezvous: int,
-        hooks: Hooks,
+        self, session: Session, geometry: Geometry, ranks: Sequence[int], output: Callable[[int], WorkerOutput]
     ) -> None:
-        config = inits[0].config
+        self.session = session
+        self.channel = DriverChannel(geometry, ranks)
+        self.rendezvous = os.memfd_create("exec-mp-rendezvous", os.MFD_CLOEXEC)
+        self.stacks = Stacks(ranks, self.channel.stacks, lambda rank, number: session.signal(number, rank))
+        self.output = {rank: output(rank) for rank in ranks}
+        self.pids: dict[int, int] = {} if 0 in ranks else {0: os.getpid()}
+
+    def close(self) -> None:
+        self.session.close()  # first: the workers end before what they write to does
+        self.channel.close()
+        self.stacks.close()
+        for output in self.output.values():
+            output.close()
+        os.close(self.rendezvous)
+
+
+class ProcessGroup:
+    """The workers of one generation (see `exec_core.group.WorkerGroup`). Takes over ``parts``; `close` ends everything.
+
+    Args:
+        inits: how to build each worker.
+    """
+
+    def __init__(self, inits: Sequence[WorkerInit], parts: Parts, hooks: Hooks) -> None:
+        config, channel, session = inits[0].config, parts.channel, parts.session
         self.inits = inits
-        self._pids, self._channel, self._session, self._hooks = pids, channel, session, hooks
-        self._rendezvous = rendezvous
+        self._parts, self._hooks = parts, hooks
+        self._pids, self._channel, self._session = parts.pids, channel, session
         self._max_message_bytes = config.rpc.max_message_bytes
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
@@ -104,8 +122,8 @@ class ProcessGroup:
             channel,
             self._calls,
             self._lock,
-            pids,
-            {session.fileno(): self._session_event},
+            parts.pids,
+            {session.fileno(): self._session_event, **{o.reading: o.read for o in parts.output.values() if o.reading}},
             finish=self._finish,
             settle=self._settle,
             progress=hooks.progress,
@@ -257,11 +275,17 @@ class ProcessGroup:
         self._hooks.room.made()
 
     def _settle(self, entry: Entry) -> None:
-        """Finishes an entry that is due, with its error or as timed out."""
+        """Finishes an entry that is due, with its error or as timed out and then with the stacks of the pending ranks."""
         todo: Todo = []
         with self._lock:
-            if self._calls.settle(entry, {}):
-                self._receiver.deliver(entry, todo)
+            if not self._calls.settle(entry):
+                return
+            error = entry.error
+            pids = {rank: self._pids[rank] for rank in entry.pending if rank in self._alive}
+        if isinstance(error, RpcTimeoutError):
+            # Asked after the call has failed: a signal may cut a system call short, and so finish the call.
+            entry.error = error.with_stacks(self._parts.stacks.ask(pids))
+        self._receiver.deliver(entry, todo)
         for act in todo:
             act()
 
@@ -305,10 +329,15 @@ class ProcessGroup:
             method = self._calls.name_of(call_id) if call_id else None
         if not self._alive:
             self._ended.set()
+        output = self._parts.output[end.rank]
+        output.read()
         if self._leaving:
             return
         code, signal_name = (end.code, None) if end.code >= 0 else (None, signal.Signals(-end.code).name)
-        error = WorkerDiedError(end.rank, end.pid, exit_code=code, signal_name=signal_name, method=method)
+        error = WorkerDiedError(
+            end.rank, end.pid, exit_code=code, signal_name=signal_name, method=method,
+            last_log_lines=output.last_lines,
+        )  # fmt: skip
         self._died(error)
 
     def _server_gone(self) -> None:
@@ -355,9 +384,7 @@ class ProcessGroup:
         self._receiver.stop()
         with self._send_lock, self._lock:
             self._closed = True
-            self._session.close()
-            self._channel.close()
-            os.close(self._rendezvous)
+            self._parts.close()
 
     def _climb(self, deadline: float) -> None:
         """Asked, then TERM at half the time that is left, then KILL, then reaped."""

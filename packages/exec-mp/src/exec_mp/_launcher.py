@@ -157,10 +157,10 @@ class Session:
             self._gone = True
         return None if self._gone and not found else found
 
-    def signal(self, number: int) -> None:
-        """Sends ``number`` to all workers and their process groups."""
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Sends ``number`` to the process of ``rank``, or to all workers and their process groups."""
         with contextlib.suppress(OSError):  # the server is gone, and with it they are
-            self._socket.send(pickle.dumps(Signal(number)))
+            self._socket.send(pickle.dumps(Signal(number, rank)))
 
     def close(self) -> None:
         """Gives the workers up: the server kills those that still run."""

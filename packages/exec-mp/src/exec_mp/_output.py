@@ -1,25 +1,118 @@
-"""Where the workers' stdout and stderr go."""
+"""Where the workers' stdout and stderr go: to the driver's, to files, or, line by line, into the driver's log.
+
+    worker print, C++, NCCL ... --pipe--> WorkerOutput.read --> one event for each line
+    worker structlog, logging --as marked JSON--> the same pipe --> the same event, in the driver's format
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections import deque
+from typing import Any
+
+from exec_core.config import LogConfig
+from exec_core.logs import RELAY_MARK
+
+_F_SETPIPE_SZ = 1031
+_PIPE_BYTES = 1 << 20  # a worker that writes faster than the driver reads waits when this is full
+_MAX_LINE = 1 << 16
+_KEPT_LINES = 20
 
 
-@contextlib.contextmanager
-def inherited_output() -> Iterator[tuple[int, int]]:
-    """Descriptors of the driver's present stdout and stderr; of /dev/null where it has none."""
-    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+class WorkerOutput:
+    """Output of one rank.
+
+    Args:
+        path: file for ``worker_output="files"``, None otherwise.
+        log: logger for the events of ``worker_output="log"``.
+    """
+
+    def __init__(self, config: LogConfig, path: str, rank: int, log: Any) -> None:
+        self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.reading: int | None = None
+        self._log, self._rank, self._pid = log, rank, 0
+        self._partial = b""
+        if config.worker_output == "log":
+            self.reading, writing = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(self.reading, False)
+            with contextlib.suppress(OSError):  # over the user's limit on pipe memory: the default size then
+                fcntl.fcntl(writing, _F_SETPIPE_SZ, _PIPE_BYTES)
+            self._writing = [writing, writing]
+        elif config.worker_output == "files":
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._writing = [file, file]
+        else:
+            self._writing = [_duplicate(1), _duplicate(2)]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What the worker's stdout and stderr become."""
+        return self._writing
+
+    def started(self, pid: int) -> None:
+        """The worker runs and has the descriptors."""
+        self._pid = pid
+        self._close_writing()
+
+    def _close_writing(self) -> None:
+        writing, self._writing = set(self._writing), []
+        for fd in writing:
+            os.close(fd)
+
+    def read(self) -> None:
+        """Turns what has been written by now into events."""
+        while self.reading is not None:
+            try:
+                data = os.read(self.reading, _MAX_LINE)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            *lines, self._partial = (self._partial + data).split(b"\n")
+            if len(self._partial) > _MAX_LINE:
+                lines, self._partial = [*lines, self._partial], b""
+            for line in filter(None, (line.rstrip(b"\r") for line in lines)):
+                self._event(line.decode(errors="replace"))
+
+    def _event(self, line: str) -> None:
+        before, mark, record = line.rpartition(RELAY_MARK)
+        if before or not mark:  # text without a newline may stand before a record
+            self.last_lines.append(before or line)
+            self._log.info(before or line, logger="worker.output", rank=self._rank, pid=self._pid)
+        if mark:
+            self._relay(record)
+
+    def _relay(self, record: str) -> None:
+        try:
+            event = json.loads(record)
+            text, level = event.pop("event"), event.pop("level", "info")
+            emit = getattr(self._log, level if level in _LEVELS else "info")
+        except (ValueError, KeyError, AttributeError):  # cut short by the worker's death
+            self._log.info(record, logger="worker.output", rank=self._rank, pid=self._pid)
+            return
+        self.last_lines.append(f"{level}: {text}")
+        emit(text, **event)
+
+    def close(self) -> None:
+        self._close_writing()
+        if self.reading is not None:
+            self.read()
+            if self._partial:
+                self._event(self._partial.decode(errors="replace"))
+            os.close(self.reading)
+            self.reading = None
+
+
+_LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
+
+
+def _duplicate(fd: int) -> int:
+    """The driver's present stdout or stderr, or /dev/null where it has none."""
     try:
-        yield tuple(fd if _is_open(fd) else null for fd in (1, 2))  # type: ignore[misc] # two of them
-    finally:
-        os.close(null)
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     except OSError:
-        return False
-    return True
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -78,20 +78,20 @@ class Receiver:
         if self.is_current_thread():  # a callback that calls: this thread must go on watching
             while not entry.finished:
                 self.turn(entry.due)
-                if time.monotonic() >= entry.due:
+                if entry.is_due(time.monotonic()):
                     self._settle(entry)
             return
         try:
             while not entry.finished:
                 self._wait_once(entry)
-                if not entry.finished and time.monotonic() >= entry.due:
+                if entry.is_due(time.monotonic()):
                     self._settle(entry)
         except BaseException as error:
             with self._lock:
                 self._calls.abandon(entry, error)
             raise
         finally:
-            if self._leader is None and (self._followers or self._calls):
+            if self._followers or self._calls:
                 self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
 
     def _wait_once(self, entry: Entry) -> None:

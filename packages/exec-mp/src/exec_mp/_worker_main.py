@@ -20,11 +20,13 @@ from typing import Any
 
 from exec_core import messages
 from exec_core.messages import Encoded, Format, Reply, Request, Status
-from exec_core.worker import WorkerWrapper, as_async_output, select_device, set_threads, settle
+from exec_core.worker import as_async_output
+from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
 
 from exec_mp._channel import Geometry, Incoming, WorkerChannel
+from exec_mp._stacks import StackReporter
 
-BOOT_FD, RENDEZVOUS_FD, CHANNEL_FD, BELL_FD, DRIVER_BELL_FD = range(3, 8)
+BOOT_FD, RENDEZVOUS_FD, CHANNEL_FD, BELL_FD, DRIVER_BELL_FD, STACK_BELL_FD, STACKS_FD = range(3, 10)
 _PROGRESS_EVERY_S = 0.05
 
 
@@ -124,7 +126,7 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
 
 def main(geometry: Geometry, rank: int, threads: int | None) -> None:
     """Entry of a worker process, with its descriptors in place."""
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)  # as for stack reports: other threads may be running
     random.seed()
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -133,6 +135,7 @@ def main(geometry: Geometry, rank: int, threads: int | None) -> None:
         set_threads(threads)
     channel = WorkerChannel(CHANNEL_FD, geometry, rank, BELL_FD, DRIVER_BELL_FD)
     os.close(CHANNEL_FD)
+    StackReporter(STACK_BELL_FD, STACKS_FD, rank, channel.count_stack)
     replier = Replier(channel)
     wrapper = WorkerWrapper(rank, replier.progress)
     try:

@@ -7,17 +7,18 @@ import sys
 import tempfile
 from typing import ClassVar
 
-from exec_core import devices
+from exec_core import devices, logs
 from exec_core.devices import Placement
 from exec_core.errors import ConfigError
-from exec_core.executor import Executor, WorkerGroup
+from exec_core.executor import Executor
+from exec_core.group import WorkerGroup
 from exec_core.inprocess import InProcessGroup
-from exec_core.worker import WorkerInit
+from exec_core.context import WorkerInit
 
-from exec_mp._channel import SPIN_S, DriverChannel, Geometry
-from exec_mp._group import Hooks, ProcessGroup
+from exec_mp._channel import SPIN_S, Geometry
+from exec_mp._group import Hooks, Parts, ProcessGroup
 from exec_mp._launcher import Session, boot_record, fork_server, run_program
-from exec_mp._output import inherited_output
+from exec_mp._output import WorkerOutput
 from exec_mp._worker_main import RENDEZVOUS_FD
 
 _ARENA_BYTES = 1 << 36  # address space only; smaller where limits refuse
@@ -55,36 +56,38 @@ class MultiprocessingDistributedExecutor(Executor):
             self._config.device, self._config.parallel, self.world_size, count=lambda: _count(session, deadline)
         )
         ranks = self._all_ranks[1:] if inline else self._all_ranks
-        channel = DriverChannel(self._geometry(), ranks)
-        rendezvous = os.memfd_create("exec-mp-rendezvous", os.MFD_CLOEXEC)
+        parts = Parts(session, self._geometry(), ranks, self._output)
         try:
             inits = [
-                self._init(rank, placement, RENDEZVOUS_FD if rank in ranks else rendezvous, inline and rank == 0)
+                self._init(rank, placement, RENDEZVOUS_FD if rank in ranks else parts.rendezvous, inline and rank == 0)
                 for rank in self._all_ranks
             ]
-            pids = {0: os.getpid()} if inline else {}
             for rank in ranks:
-                pids[rank] = self._fork(session, channel, placement, rank, rendezvous, deadline)
+                parts.pids[rank] = self._fork(parts, placement, rank, deadline)
             hooks = Hooks(failed=self._fail, progress=self._report_progress, room=self._room, log=self._log)
-            return ProcessGroup(inits, pids, channel, session, rendezvous, hooks)
+            return ProcessGroup(inits, parts, hooks)
         except BaseException:
-            channel.close()
-            os.close(rendezvous)
+            parts.close()
             raise
 
-    def _fork(
-        self, session: Session, channel: DriverChannel, placement: Placement, rank: int, rendezvous: int, deadline: float
-    ) -> int:
+    def _output(self, rank: int) -> WorkerOutput:
+        directory = self._config.log.directory or ""
+        path = os.path.join(directory, f"{self._name}-{self.generation}-rank-{rank}.log")
+        return WorkerOutput(self._config.log, path, rank, self._log)
+
+    def _fork(self, parts: Parts, placement: Placement, rank: int, deadline: float) -> int:
         device, size = self._config.device, self.world_size
         env = {**placement.env(), **self._config.env_of_rank(rank)}
         handled = placement.kind != "none"
         threads = devices.threads_per_worker(device, size, {**os.environ, **env}) if handled else None
         cores = devices.cores_of_rank(rank, size) if handled and device.cpu_affinity == "auto" else None
-        boot = boot_record("exec_mp._worker_main:main", (channel.geometry, rank, threads), env, cores)
+        boot = boot_record("exec_mp._worker_main:main", (parts.channel.geometry, rank, threads), env, cores)
         execs = self._config.rpc.start_method == "spawn" or any(name.startswith(_READ_AT_IMPORT) for name in env)
-        with inherited_output() as (stdout, stderr):
-            fds = [stdout, stderr, rendezvous, channel.fd, channel.bells[rank], channel.bell]
-            return session.fork(rank, boot, fds, execs=execs, deadline=deadline)
+        fds = [*parts.output[rank].descriptors, parts.rendezvous, parts.channel.fd, parts.channel.bells[rank]]
+        fds += [parts.channel.bell, parts.stacks.bells[rank], parts.stacks.memory]
+        pid = parts.session.fork(rank, boot, fds, execs=execs, deadline=deadline)
+        parts.output[rank].started(pid)
+        return pid
 
     def _geometry(self) -> Geometry:
         rpc = self._config.rpc
@@ -101,6 +104,7 @@ class MultiprocessingDistributedExecutor(Executor):
         return os.path.join(tempfile.gettempdir(), f"{self._name}-{self.generation}")
 
     def _init(self, rank: int, placement: Placement, rendezvous: int | None, in_driver: bool) -> WorkerInit:
+        relay = "relay" if self._config.log.worker_output == "log" else ""
         index = devices.index_in_this_process(placement, rank) if in_driver and placement.kind == "cuda" else rank
         return WorkerInit(
             config=self._config,
@@ -113,6 +117,7 @@ class MultiprocessingDistributedExecutor(Executor):
             backend=self.backend,
             generation=self.generation,
             in_driver=in_driver,
+            log_format=relay or logs.resolve_format(self._config.log),
         )
 
 

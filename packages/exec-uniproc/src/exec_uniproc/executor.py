@@ -11,7 +11,7 @@ from exec_core.devices import index_in_this_process, place
 from exec_core.errors import ConfigError
 from exec_core.executor import Executor
 from exec_core.inprocess import InProcessGroup
-from exec_core.worker import WorkerInit
+from exec_core.context import WorkerInit
 
 
 class UniProcExecutor(Executor):

@@ -1,0 +1,362 @@
+"""The executor's core: its lifecycle, its start, and `collective_rpc`.
+
+    collective_rpc -> Call -> WorkerGroup.run (blocking) or .submit (Future) -> every rank's WorkerWrapper
+
+A backend implements one method, `_launch`, and the `WorkerGroup` that it returns. The calls of an engine, all made of
+`collective_rpc`, are in `exec_core.executor`; the states in `exec_core.lifecycle`.
+"""
+
+from __future__ import annotations
+
+import abc
+import atexit
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+
+from exec_core import logs
+from exec_core.asynchronous import Room, awaited
+from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
+from exec_core.config import ExecutorConfig
+from exec_core.errors import ExecutorClosedError, RpcTimeoutError, WorkerDiedError, WorkerStartupError
+from exec_core.group import WorkerGroup, WorkerInfo
+from exec_core.lifecycle import Lifecycle, State
+from exec_core.messages import Request
+
+T = TypeVar("T")
+OnProgress = Callable[[int, int, int, str], None]
+
+_numbers = itertools.count()
+_live: weakref.WeakSet[BaseExecutor] = weakref.WeakSet()
+
+
+class BaseExecutor(abc.ABC):
+    """Runs one worker per rank. Constructing it starts it; it is ready when the constructor returns.
+
+    Args:
+        config: what to run.
+        on_progress: ``fn(rank, done, total, what)`` for what workers report by ``context.report_progress``, called on any
+            thread of the driver, one call at a time.
+
+    Raises:
+        ConfigError: for a configuration that this backend cannot run, before anything is started.
+        DeviceError: for too few devices, likewise.
+        WorkerStartupError: when a worker does not become ready; nothing is left running.
+    """
+
+    backend: ClassVar[str] = ""
+
+    def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
+        self._config = config
+        self._on_progress = on_progress
+        self._name = f"exec-{os.getpid()}-{next(_numbers)}"
+        self._all_ranks = tuple(range(config.parallel.world_size))
+        self._lifecycle = Lifecycle()
+        self._group: WorkerGroup | None = None  # of this generation; set by the thread that starts or tears down
+        self._closing = threading.Lock()  # held by the one thread that tears down
+        self._progress_lock = threading.Lock()  # one on_progress at a time
+        self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
+        self._room = Room()
+        self._log = self._logger()
+        _live.add(self)
+        self._start()
+
+    @abc.abstractmethod
+    def _launch(self, deadline: float) -> WorkerGroup:
+        """Makes one `WorkerWrapper` per rank exist and reachable by ``deadline``; the one method a backend must have.
+
+        Raises:
+            ConfigError, DeviceError: before anything is started. WorkerStartupError: with nothing left running.
+        """
+
+    # Lifecycle
+
+    @property
+    def state(self) -> State:
+        return self._lifecycle.state
+
+    @property
+    def config(self) -> ExecutorConfig:
+        return self._config
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of this replica."""
+        return self._config.parallel.world_size
+
+    @property
+    def output_rank(self) -> int:
+        """Whose value `execute_model` returns."""
+        chosen = self._config.output_rank
+        return self.world_size - self._config.parallel.tensor_parallel_size if chosen is None else chosen
+
+    @property
+    def generation(self) -> int:
+        """0, and one more after each restart."""
+        return self._lifecycle.generation
+
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        """What each rank is doing now; empty when closed."""
+        group = self._group
+        return [] if group is None else group.infos()
+
+    def _logger(self) -> Any:
+        names = {"executor": self._name, "backend": self.backend, "generation": self.generation}
+        return logs.driver_logger(self._config.log, "exec_core.executor", rank=None, pid=os.getpid(), **names)
+
+    def _start(self) -> None:
+        started = time.monotonic()
+        self._log.info("executor starting", world_size=self.world_size)
+        startup_s = self._config.rpc.startup_timeout_s
+        try:
+            self._group = self._launch(deadline_after(startup_s))
+            self._start_phase("init_worker", (list(self._group.inits),))
+            self._start_phase("init_device")
+            self._start_phase("load_model", max_concurrent=self._config.parallel.max_parallel_loading_workers)
+            if not self._lifecycle.move(State.READY):
+                raise self._lifecycle.doomed or ExecutorClosedError("shut down while it was starting")
+        except BaseException as error:
+            self._log.error("executor did not start", error=str(error))
+            with self._closing:
+                self._teardown(error)
+            if self.generation:
+                self._lifecycle.move(State.FAILED, error)
+            else:
+                self._lifecycle.move(State.CLOSING)
+                self._lifecycle.move(State.CLOSED)
+                _live.discard(self)
+            raise
+        self._log.info("executor ready", duration_ms=round((time.monotonic() - started) * 1e3, 1))
+
+    def _start_phase(self, phase: str, args: tuple[Any, ...] = (), max_concurrent: int | None = None) -> None:
+        timeout_s = self._config.rpc.startup_timeout_s
+        call = Call(
+            Request(phase, args), self._all_ranks, (), timeout_s, deadline_after(timeout_s), max_concurrent=max_concurrent
+        )
+        try:
+            self._run(call)
+        except RpcTimeoutError as error:
+            first = error.pending_ranks[0] if error.pending_ranks else None
+            why = f"not done after {error.timeout_s:g} s (RpcConfig.startup_timeout_s)"
+            raise WorkerStartupError(first, phase, f"{why}: {error}") from error
+        except WorkerDiedError as error:
+            raise WorkerStartupError(error.rank, phase, str(error), error.pid) from error
+        except Exception as error:
+            if call.failure is None:
+                raise
+            why = f"{type(error).__name__}: {error}"
+            raise WorkerStartupError(call.failure.rank, phase, why, call.failure.pid) from error
+
+    def _open_group(self, call: Call) -> WorkerGroup:
+        group = self._group
+        if group is None:
+            raise ExecutorClosedError(f"the executor is {self.state.value}", call.name)
+        return group
+
+    def _run(self, call: Call) -> Any:
+        return self._open_group(call).run(call)
+
+    def _submit(self, call: Call, wait: bool) -> Future[Any]:
+        return self._open_group(call).submit(call, wait)
+
+    def _teardown(self, error: BaseException) -> None:
+        """Under ``_closing``: ends the workers, whatever state they are in."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.close(error, deadline_after(self._config.rpc.shutdown_timeout_s))
+
+    def shutdown(self) -> None:
+        """Closes, whatever the state: calls in flight raise `ExecutorClosedError`, workers end. Twice is fine; later calls raise.
+
+        A second caller returns when the first has finished.
+        """
+        if os.getpid() != self._lifecycle.pid:  # a forked child has only a copy
+            return
+        closes = self._lifecycle.move(State.CLOSING)
+        with self._closing:
+            if self.state is State.CLOSED:
+                return
+            started = time.monotonic()
+            if closes:
+                self._log.info("executor closing")
+            self._teardown(ExecutorClosedError("the executor was shut down"))
+            self._lifecycle.move(State.CLOSED)
+            _live.discard(self)
+            self._log.info("executor closed", duration_ms=round((time.monotonic() - started) * 1e3, 1))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def restart(self) -> None:
+        """Brings a failed executor back as its next generation: fresh workers, the same start sequence.
+
+        Raises:
+            ExecutorClosedError: when it is not in state FAILED.
+            WorkerStartupError: when the workers do not become ready; it stays FAILED.
+        """
+        if not self._lifecycle.move(State.STARTING):
+            raise ExecutorClosedError(f"restart() needs a failed executor, this one is {self.state.value}")
+        with self._closing:
+            self._teardown(ExecutorClosedError("the executor is being restarted"))
+        self._log = self._logger()
+        self._reset()
+        self._start()
+
+    def _reset(self) -> None:
+        """For subclasses: what they know of the workers of the last generation is void."""
+
+    def _check_ranks(self, method: str, ranks: tuple[int, ...]) -> None:
+        """For subclasses: raises when ``ranks`` cannot take ``method`` now."""
+
+    def register_failure_callback(self, callback: Callable[[BaseException], None]) -> None:
+        """``callback(error)`` runs once for a failure, on a thread of its own, after all pending calls have failed.
+
+        At once when the executor has failed already. It may call `shutdown` or `restart`.
+        """
+        self._lifecycle.register(callback)
+
+    def _fail(self, error: BaseException, fail_pending: Callable[[], None]) -> None:
+        """For backends: a worker is gone. Moves to FAILED, fails what is pending, then tells the callbacks."""
+        failed = self._lifecycle.fail(error)
+        fail_pending()
+        if failed:
+            self._log.error("executor failed", error=str(error), method=getattr(error, "method", None))
+            self._lifecycle.notify(error, self._log, self._restart_by_itself)
+
+    def _restart_by_itself(self) -> None:
+        while self._restarts_left > 0 and self.state is State.FAILED:
+            self._restarts_left -= 1
+            try:
+                self.restart()
+            except Exception as error:
+                self._log.error("restart failed", error=str(error), restarts_left=self._restarts_left)
+
+    # Calls
+
+    @overload
+    def collective_rpc(
+        self, method: str | Callable[..., Any], timeout: float | None = None, args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None, non_block: Literal[False] = False, *, ranks: Sequence[int] | None = None,
+        reply_ranks: Sequence[int] | None = None, max_concurrent_workers: int | None = None, aggregate: None = None,
+    ) -> list[Any]: ...  # fmt: skip
+    @overload
+    def collective_rpc(
+        self, method: str | Callable[..., Any], timeout: float | None = None, args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None, non_block: Literal[False] = False, *, ranks: Sequence[int] | None = None,
+        reply_ranks: Sequence[int] | None = None, max_concurrent_workers: int | None = None,
+        aggregate: Callable[[list[Any]], T],
+    ) -> T: ...  # fmt: skip
+    @overload
+    def collective_rpc(
+        self, method: str | Callable[..., Any], timeout: float | None = None, args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None, *, non_block: Literal[True], ranks: Sequence[int] | None = None,
+        reply_ranks: Sequence[int] | None = None, max_concurrent_workers: int | None = None, aggregate: None = None,
+    ) -> Future[list[Any]]: ...  # fmt: skip
+    @overload
+    def collective_rpc(
+        self, method: str | Callable[..., Any], timeout: float | None = None, args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None, *, non_block: Literal[True], ranks: Sequence[int] | None = None,
+        reply_ranks: Sequence[int] | None = None, max_concurrent_workers: int | None = None,
+        aggregate: Callable[[list[Any]], T],
+    ) -> Future[T]: ...  # fmt: skip
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        non_block: bool = False,
+        *,
+        ranks: Sequence[int] | None = None,
+        reply_ranks: Sequence[int] | None = None,
+        max_concurrent_workers: int | None = None,
+        aggregate: Callable[[list[Any]], Any] | None = None,
+    ) -> Any:
+        """Runs ``method`` on the workers and returns their values in rank order.
+
+        It succeeds when every rank that runs it has acknowledged, and fails at once when one has failed, whoever's value
+        was asked for. Calls from many threads reach all ranks in one order.
+
+        Args:
+            method: a worker method's name, or a callable that gets the worker first.
+            timeout: limit over sending and waiting, in seconds; None: ``RpcConfig.timeout_s``; infinity: none.
+            args, kwargs: its arguments, pickled once by cloudpickle's rules.
+            non_block: return a `concurrent.futures.Future` once it is sent.
+            ranks: who runs it; None: all.
+            reply_ranks: whose value is returned; None: of ``ranks``.
+            max_concurrent_workers: at most so many ranks run it at a time; None: all.
+            aggregate: applied once, in the driver, to the list of values; the call's value is then its result.
+
+        Raises:
+            ExecutorBusyError: ``non_block`` and no room within ``timeout``, or a rank is in the execution loop.
+            RpcTimeoutError: past the deadline. The executor stays usable, late replies are dropped.
+            WorkerDiedError: a worker ended meanwhile. ExecutorFailedError: it had ended before.
+            ExecutorClosedError: it is closed, or was while waiting.
+            SerializationError, MessageTooLargeError: nothing was sent.
+            Exception: what a worker raised, as its own type, with rank and remote traceback.
+        """
+        call = self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate)
+        return self._submit(call, wait=True) if non_block else self._run(call)
+
+    def _new_call(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        ranks: Sequence[int] | None = None,
+        reply_ranks: Sequence[int] | None = None,
+        max_concurrent_workers: int | None = None,
+        aggregate: Callable[[list[Any]], Any] | None = None,
+    ) -> Call:
+        request = Request(method, tuple(args), dict(kwargs) if kwargs else {})
+        self._lifecycle.check_open(request.name)
+        if not (isinstance(method, str) or callable(method)):
+            raise TypeError(f"method must be a name or a callable, not {type(method).__name__}")
+        runs = chosen_ranks("ranks", ranks, self._all_ranks)
+        self._check_ranks(request.name, runs)
+        timeout_s = checked_timeout(timeout, self._config.rpc.timeout_s)
+        call = Call(request, runs, chosen_ranks("reply_ranks", reply_ranks, runs), timeout_s, deadline_after(timeout_s))
+        if max_concurrent_workers is not None:
+            if max_concurrent_workers < 1:
+                raise ValueError(f"max_concurrent_workers must be >= 1, got {max_concurrent_workers}")
+            call.max_concurrent = max_concurrent_workers
+        call.aggregate = aggregate
+        return call
+
+    async def collective_rpc_async(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        ranks: Sequence[int] | None = None,
+        reply_ranks: Sequence[int] | None = None,
+        max_concurrent_workers: int | None = None,
+        aggregate: Callable[[list[Any]], Any] | None = None,
+    ) -> Any:
+        """`collective_rpc`, awaited. Without room it waits for it, within ``timeout``."""
+        call = self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate)
+        return await awaited(self._submit, call, self._room)
+
+    def _report_progress(self, rank: int, done: int, total: int, what: str) -> None:
+        """For backends: passes a worker's progress on."""
+        if self._on_progress is not None:
+            with self._progress_lock:
+                self._on_progress(rank, done, total, what)
+
+
+@atexit.register
+def _shutdown_all() -> None:
+    for executor in list(_live):
+        executor.shutdown()

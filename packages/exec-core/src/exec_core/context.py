@@ -1,0 +1,165 @@
+"""What a worker is given: its place in the world, its device, its groups."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from exec_core import distributed
+from exec_core.config import ExecutorConfig
+
+ReportProgress = Callable[[int, int, str], None]
+
+
+@attrs.frozen(kw_only=True)
+class WorkerInit:
+    """What ``init_worker`` needs for one rank (see `WorkerContext` for the meanings)."""
+
+    config: ExecutorConfig
+    rank: int
+    local_rank: int
+    distributed_init_method: str | None
+    device_name: str | None
+    private_root: str
+    executor: str
+    backend: str
+    generation: int
+    in_driver: bool = False
+    existing_group: str = "refuse"
+    log_format: str = "json"
+
+
+@attrs.define(kw_only=True, eq=False)
+class WorkerContext:
+    """What a worker knows of its place.
+
+    Attributes:
+        config: the executor's.
+        rank, local_rank: in the world, and on this machine.
+        distributed_init_method: where the world meets; None: a world of one.
+        device_name: ``cuda:N`` or ``cpu``; None when the worker handles devices itself.
+        executor, backend, generation: which executor this belongs to, and its restarts so far.
+        in_driver: the worker shares the host's process, whose settings are left alone.
+        existing_group: see `exec_core.distributed.World`.
+        log_format: ``json`` or ``console``, for the worker's process.
+        groups: process groups, from ``init_device`` on; None before, and when the worker joins none.
+        log: structlog logger bound to the rank.
+    """
+
+    config: ExecutorConfig
+    rank: int
+    local_rank: int
+    distributed_init_method: str | None
+    device_name: str | None
+    private_root: str
+    executor: str = "executor"
+    backend: str = ""
+    generation: int = 0
+    in_driver: bool = False
+    existing_group: str = "refuse"
+    log_format: str = "json"
+    groups: distributed.ProcessGroups | None = None
+    log: Any = None
+    _progress: ReportProgress = lambda done, total, what: None
+    _membership: distributed.Membership | None = None
+
+    @property
+    def tp_size(self) -> int:
+        return self.config.parallel.tensor_parallel_size
+
+    @property
+    def pp_size(self) -> int:
+        return self.config.parallel.pipeline_parallel_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.config.parallel.data_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp_size
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.tp_size % self.pp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // (self.tp_size * self.pp_size)
+
+    @property
+    def is_driver_worker(self) -> bool:
+        """Whether this is the first rank of its tensor-parallel group."""
+        return self.rank % self.tp_size == 0
+
+    @property
+    def device(self) -> Any:
+        """The `torch.device` of this rank; None when the worker handles devices itself."""
+        if self.device_name is None:
+            return None
+        import torch
+
+        return torch.device(self.device_name)
+
+    @property
+    def private_dir(self) -> str:
+        """A directory of this rank's own (mode 0700), made on first use and swept when the generation ends."""
+        path = os.path.join(self.private_root, f"rank-{self.rank}")
+        os.makedirs(self.private_root, mode=0o700, exist_ok=True)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        return path
+
+    def report_progress(self, done: int, total: int, what: str) -> None:
+        """Tells the driver how far a long step is: ``done`` of ``total`` units of ``what``."""
+        self._progress(done, total, what)
+
+    def init_device(self) -> None:
+        """The default of `Worker.init_device`: selects the device, joins torch.distributed, builds the groups."""
+        if self.device_name is None:
+            return
+        if self.device_name.startswith("cuda"):
+            import torch
+
+            torch.cuda.set_device(self.device)
+        if self.config.device.distributed_backend != "none":
+            self.join(self.rank, self.world_size, self.distributed_init_method)
+
+    def join(self, rank: int, world_size: int, init_method: str | None) -> None:
+        """Joins a world as ``rank`` of ``world_size``, leaving the present one first."""
+        self.leave()
+        self._membership = distributed.join(
+            distributed.World(
+                rank=rank,
+                world_size=world_size,
+                tensor_parallel_size=self.tp_size,
+                pipeline_parallel_size=self.pp_size,
+                init_method=init_method,
+                backend=self.config.device.distributed_backend,
+                device=self.device_name or "cpu",
+                timeout_s=self.config.parallel.distributed_timeout_s,
+                existing="use" if self.existing_group == "use" else "refuse",
+            )
+        )
+        self.groups = self._membership.groups
+
+    def leave(self) -> None:
+        """Leaves the world, if any."""
+        membership, self._membership, self.groups = self._membership, None, None
+        if membership is not None:
+            membership.leave()
+
+    def close(self) -> None:
+        """Gives up everything the context made."""
+        try:
+            self.leave()
+        finally:
+            if self.in_driver:  # elsewhere the launcher sweeps, which also outlives a killed worker
+                shutil.rmtree(self.private_root, ignore_errors=True)

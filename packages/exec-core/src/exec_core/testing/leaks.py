@@ -1,0 +1,159 @@
+"""Whether something was left behind: processes, descriptors, threads, shared memory, temporary files."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import shutil
+import tempfile
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import attrs
+
+from exec_core.testing.sync import eventually
+
+_MARK = "EXEC_CORE_LEAK_CHECK"  # in the environment of every process that starts inside `leak_check`
+_SETTLE_S = 3.0  # for what ends by itself: a thread in its last lines, a process that is being reaped
+
+
+@attrs.frozen
+class Snapshot:
+    """What exists now. Numbers in names (descriptors, pids, inodes) are left out, so that like is equal to like.
+
+    Attributes:
+        processes: command lines of all descendants, orphans included.
+        descriptors: what this process has open.
+        threads: names of this process's threads.
+        shared_memory: entries of /dev/shm.
+        temporary: entries of the temporary directory.
+    """
+
+    processes: Counter[str]
+    descriptors: Counter[str]
+    threads: Counter[str]
+    shared_memory: Counter[str]
+    temporary: Counter[str]
+
+    def added_since(self, before: Snapshot) -> dict[str, list[str]]:
+        """What is here now and was not before, by kind; kinds without any are left out."""
+        added = {
+            name: sorted((getattr(self, name) - getattr(before, name)).elements())
+            for name in (field.name for field in attrs.fields(Snapshot))
+        }
+        return {name: items for name, items in added.items() if items}
+
+
+def snapshot() -> Snapshot:
+    """What exists now, see `Snapshot`."""
+    return Snapshot(
+        processes=Counter(_like(_command(pid)) for pid in descendants()),
+        descriptors=Counter(map(_like, _descriptors())),
+        threads=Counter(thread.name for thread in threading.enumerate()),
+        shared_memory=Counter(os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else ()),  # noqa: S108 # only listed
+        temporary=Counter(map(_like, os.listdir(tempfile.gettempdir()))),
+    )
+
+
+@contextlib.contextmanager
+def leak_check(*, allowed: Callable[[str, str], bool] = lambda kind, item: False) -> Iterator[None]:
+    """Fails when more is there at the end of the block than at its start.
+
+    Inside, `tempfile` uses a directory of the block's own, which must be empty in the end.
+
+    Args:
+        allowed: ``fn(kind, item)`` for what may stay; ``kind`` is an attribute of `Snapshot`.
+
+    Raises:
+        AssertionError: listing what was left behind.
+    """
+    with _marked(), _own_tempdir():
+        before = snapshot()
+
+        def left() -> dict[str, list[str]]:
+            added = snapshot().added_since(before)
+            kept = {kind: [item for item in items if not allowed(kind, item)] for kind, items in added.items()}
+            return {kind: items for kind, items in kept.items() if items}
+
+        yield
+        if left():
+            gc.collect()  # a cycle may hold what its owner has dropped already
+            with contextlib.suppress(TimeoutError):
+                eventually(lambda: not left(), deadline_s=_SETTLE_S)
+        if found := left():
+            raise AssertionError(f"left behind: {found}")
+
+
+@contextlib.contextmanager
+def _marked() -> Iterator[None]:
+    outer = os.environ.get(_MARK)
+    if outer is not None:  # inside another check: its mark tells our processes just as well
+        yield
+        return
+    os.environ[_MARK] = uuid.uuid4().hex
+    try:
+        yield
+    finally:
+        del os.environ[_MARK]
+
+
+@contextlib.contextmanager
+def _own_tempdir() -> Iterator[None]:
+    outer, outer_env = tempfile.tempdir, os.environ.get("TMPDIR")
+    path = tempfile.mkdtemp(prefix="leak-check-")
+    tempfile.tempdir = os.environ["TMPDIR"] = path
+    try:
+        yield
+    finally:
+        tempfile.tempdir = outer
+        if outer_env is None:
+            os.environ.pop("TMPDIR", None)
+        else:
+            os.environ["TMPDIR"] = outer_env
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def descendants() -> list[int]:
+    """Pids of this process's children and theirs, and of orphans that carry the mark of a `leak_check`."""
+    mark = f"{_MARK}={os.environ.get(_MARK, '?')}".encode()
+    parents: dict[int, int] = {}
+    marked = set()
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile
+            parents[pid] = int(_read(pid, "stat").rpartition(b")")[2].split()[1])
+        with contextlib.suppress(OSError):
+            if mark in _read(pid, "environ").split(b"\0"):
+                marked.add(pid)
+    ours, found = os.getpid(), set(marked)
+    while more := {pid for pid, parent in parents.items() if parent == ours or parent in found} - found:
+        found |= more
+    return sorted(found - {ours})
+
+
+def _read(pid: int, name: str) -> bytes:
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
+
+
+def _command(pid: int) -> str:
+    try:
+        text = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return "(ended)"
+    return text or "(zombie)"
+
+
+def _descriptors() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
+
+
+def _like(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
