@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import atexit
 import itertools
+import math
 import os
 import threading
 import time
@@ -26,7 +27,7 @@ from exec_core.config import ExecutorConfig
 from exec_core.errors import ExecutorClosedError, RpcTimeoutError, WorkerDiedError, WorkerStartupError
 from exec_core.group import WorkerGroup, WorkerInfo
 from exec_core.lifecycle import Lifecycle, State
-from exec_core.messages import Request
+from exec_core.messages import Request, method_name
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int, int, str], None]
@@ -61,6 +62,7 @@ class BaseExecutor(abc.ABC):
         self._closing = threading.Lock()  # held by the one thread that tears down
         self._progress_lock = threading.Lock()  # one on_progress at a time
         self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
+        self._timeout_s = config.rpc.timeout_s
         self._room = Room()
         self._log = self._logger()
         _live.add(self)
@@ -214,7 +216,7 @@ class BaseExecutor(abc.ABC):
     def _reset(self) -> None:
         """For subclasses: what they know of the workers of the last generation is void."""
 
-    def _check_ranks(self, method: str, ranks: tuple[int, ...]) -> None:
+    def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:
         """For subclasses: raises when ``ranks`` cannot take ``method`` now."""
 
     def register_failure_callback(self, callback: Callable[[BaseException], None]) -> None:
@@ -305,7 +307,8 @@ class BaseExecutor(abc.ABC):
             Exception: what a worker raised, as its own type, with rank and remote traceback.
         """
         call = self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate)
-        return self._submit(call, wait=True) if non_block else self._run(call)
+        group = self._group or self._open_group(call)
+        return group.submit(call, wait=True) if non_block else group.run(call)
 
     def _new_call(
         self,
@@ -318,14 +321,16 @@ class BaseExecutor(abc.ABC):
         max_concurrent_workers: int | None = None,
         aggregate: Callable[[list[Any]], Any] | None = None,
     ) -> Call:
-        request = Request(method, tuple(args), dict(kwargs) if kwargs else {})
-        self._lifecycle.check_open(request.name)
+        if self._lifecycle.state is not State.READY:
+            self._lifecycle.check_open(method_name(method))
         if not (isinstance(method, str) or callable(method)):
             raise TypeError(f"method must be a name or a callable, not {type(method).__name__}")
-        runs = chosen_ranks("ranks", ranks, self._all_ranks)
-        self._check_ranks(request.name, runs)
-        timeout_s = checked_timeout(timeout, self._config.rpc.timeout_s)
-        call = Call(request, runs, chosen_ranks("reply_ranks", reply_ranks, runs), timeout_s, deadline_after(timeout_s))
+        runs = self._all_ranks if ranks is None else chosen_ranks("ranks", ranks, self._all_ranks)
+        replies = runs if reply_ranks is None else chosen_ranks("reply_ranks", reply_ranks, runs)
+        self._check_ranks(method, runs)
+        request = Request(method, tuple(args), dict(kwargs) if kwargs else {}, bool(replies))
+        timeout_s = self._timeout_s if timeout is None else checked_timeout(timeout)
+        call = Call(request, runs, replies, timeout_s, math.inf if timeout_s is None else time.monotonic() + timeout_s)
         if max_concurrent_workers is not None:
             if max_concurrent_workers < 1:
                 raise ValueError(f"max_concurrent_workers must be >= 1, got {max_concurrent_workers}")

@@ -50,28 +50,24 @@ def deadline_after(timeout_s: float | None) -> float:
     return math.inf if timeout_s is None else time.monotonic() + timeout_s
 
 
-def chosen_ranks(name: str, chosen: Sequence[Any] | None, among: tuple[int, ...]) -> tuple[int, ...]:
-    """``chosen`` in rank order, or all of ``among`` when None.
+def chosen_ranks(name: str, chosen: Sequence[Any], among: tuple[int, ...]) -> tuple[int, ...]:
+    """``chosen`` in rank order.
 
     Raises:
         ConfigError: for a rank that is not one of ``among``, or is there twice.
     """
-    if chosen is None:
-        return among
     picked = tuple(chosen)
     if not all(isinstance(rank, int) and rank in among for rank in picked) or len(set(picked)) != len(picked):
         raise ConfigError(name, f"must be distinct ranks out of {list(among)}", list(picked))
     return tuple(sorted(picked))
 
 
-def checked_timeout(timeout: Any, default: float | None) -> float | None:
-    """``timeout``, or the default where it is None; infinity means no limit.
+def checked_timeout(timeout: Any) -> float | None:
+    """``timeout``, None for infinity, which means no limit.
 
     Raises:
         ConfigError: for a timeout that is not a number of seconds > 0.
     """
-    if timeout is None:
-        return default
     if not isinstance(timeout, int | float) or not timeout > 0:
-        raise ConfigError("timeout", "must be None or seconds > 0", timeout)
+        raise ConfigError("timeout", "must be None (the default) or seconds > 0", timeout)
     return None if timeout == math.inf else float(timeout)

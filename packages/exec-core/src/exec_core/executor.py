@@ -13,6 +13,7 @@ from exec_core.calls import Call
 from exec_core.config import ExecutorConfig
 from exec_core.errors import RpcTimeoutError
 from exec_core.execution_loop import ExecutionLoop
+from exec_core.messages import method_name
 from exec_core.worker import ReconfigureDistributedRequest
 
 T = TypeVar("T")
@@ -34,9 +35,9 @@ class Executor(BaseExecutor):
         self._sleeping = False
         self._loop = ExecutionLoop(self)
 
-    def _check_ranks(self, method: str, ranks: tuple[int, ...]) -> None:
+    def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:
         if self._loop.running and method != "start_worker_execution_loop":
-            self._loop.refuse(method, ranks)
+            self._loop.refuse(method_name(method), ranks)
 
     @staticmethod
     def get_class(config: ExecutorConfig) -> type[Executor]:

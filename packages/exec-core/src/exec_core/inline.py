@@ -55,18 +55,20 @@ class InlineWorker:
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._runner: int | None = None  # thread inside a worker method; written by that thread
-        self._current: tuple[str, float] | None = None  # its method and since when; likewise
+        self._current: tuple[Request, float] | None = None  # what it runs and since when; likewise
         self._turns: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # jobs whose turn it is, for the thread
         self._unsettled: queue.SimpleQueue[tuple[Job, Reply] | None] = queue.SimpleQueue()
 
     @property
     def current(self) -> tuple[str, float] | None:
         """The method running now, and since when on the monotonic clock."""
-        return self._current
+        current = self._current
+        return None if current is None else (current[0].name, current[1])
 
-    def check_not_inside(self, method: str) -> None:
+    def check_not_inside(self, request: Request) -> None:
         """Refuses a blocking call from inside a worker method, which would wait for itself."""
-        if self._runner == threading.get_ident():
+        if self._runner is not None and self._runner == threading.get_ident():
+            method = request.name
             raise ExecutorError(f"{method!r} was called from inside a worker method of the same executor: it would never return")
 
     def enqueue(
@@ -91,6 +93,18 @@ class InlineWorker:
         if done is not None:
             self._turns.put(job)
         return job
+
+    def run_now(self, request: Request) -> Reply | None:
+        """Runs ``request`` on the calling thread if nothing else runs or waits; else None."""
+        with self._lock:
+            if self._busy or self._closed:
+                return None
+            self._busy = True
+        try:
+            reply = self._execute(request)
+        finally:
+            self._hand_on()
+        return self._settled(request, reply)
 
     def run(self, job: Job, deadline: float, late: Callable[[Reply], None]) -> Reply | None:
         """Runs ``job`` on the calling thread when its turn comes.
@@ -121,20 +135,19 @@ class InlineWorker:
             return True
 
     def _execute(self, request: Request) -> Reply:
-        self._runner, self._current = threading.get_ident(), (request.name, time.monotonic())
-        try:
-            reply = self._wrapper.execute(request)
-        finally:
-            self._runner = self._current = None
-        return self._checked(request, reply)
+        self._runner, self._current = threading.get_ident(), (request, time.monotonic())
+        reply = self._wrapper.execute(request)  # never raises
+        self._runner = self._current = None
+        return reply if reply.error is None else self._checked(request, reply)
 
     def _checked(self, request: Request, reply: Reply) -> Reply:
+        """``reply``, whose error is one that callers may see."""
         error = reply.error
-        if error is None:
-            return reply
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise error  # the user's Ctrl-C, not the worker's
         pid = os.getpid()
+        if error is None:
+            return reply
         if not isinstance(error, Exception):
             why = WorkerError(self._wrapper.rank, pid, request.name, type(error).__qualname__, str(error))
             why.__cause__ = error
@@ -143,12 +156,13 @@ class InlineWorker:
         return reply
 
     def _settled(self, request: Request, reply: Reply) -> Reply:
-        if reply.error is None:
-            try:
-                return Reply(settle(reply.value, request.wants_value))
-            except BaseException as error:
-                return self._checked(request, Reply(error=error))
-        return reply
+        """``reply`` with its value, where it is one that is finished late."""
+        if reply.error is not None or as_async_output(reply.value) is None:
+            return reply
+        try:
+            return Reply(settle(reply.value, request.wants_value))
+        except BaseException as error:
+            return self._checked(request, Reply.of_error(error))
 
     def _hand_on(self) -> None:
         """Gives the turn to the next job."""

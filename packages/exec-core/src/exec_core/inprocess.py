@@ -47,9 +47,14 @@ class InProcessGroup:
         self._inline = InlineWorker(self._wrapper)
 
     def run(self, call: Call) -> Any:
-        self._inline.check_not_inside(call.name)
+        inline = self._inline
+        inline.check_not_inside(call.request)
         if not call.ranks:
             return call.result([])
+        now = inline.run_now(call.request)
+        return self._run_in_turn(call) if now is None else self._outcome(call, now)
+
+    def _run_in_turn(self, call: Call) -> Any:
         job = self._inline.enqueue(call.request)
         reply = self._inline.run(job, call.deadline, late=lambda reply: None)
         if reply is None:
@@ -62,7 +67,8 @@ class InProcessGroup:
         if reply.error is not None:
             call.failure = Failure(self._rank, os.getpid(), reply.error, reply.time_ns)
             raise reply.error
-        return call.result([reply.value] if call.reply_ranks else [])
+        values = [reply.value] if call.reply_ranks else []
+        return values if call.aggregate is None else call.aggregate(values)
 
     def submit(self, call: Call, wait: bool) -> Future[Any]:
         future: Future[Any] = Future()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ class Lifecycle:
         self._notified: BaseException | None = None  # the failure whose callbacks have been taken
         self._callbacks: list[FailureCallback] = []
         self._lock = threading.Lock()
+        _lifecycles.add(self)
 
     def move(self, to: State, failure: BaseException | None = None) -> bool:
         """Moves to ``to``; False, and nothing happens, when that is not allowed from the present state."""
@@ -84,10 +86,10 @@ class Lifecycle:
             ExecutorClosedError: closing, closed, starting, or used in a forked child of its process.
             ExecutorFailedError: failed, with the failure as cause.
         """
-        if os.getpid() != self.pid:
-            raise ExecutorClosedError(f"the executor belongs to process {self.pid}, this is a forked child", method)
         if self.state is State.READY:
             return
+        if os.getpid() != self.pid:
+            raise ExecutorClosedError(f"the executor belongs to process {self.pid}, this is a forked child", method)
         failure = self.failure
         if self.state is State.FAILED and failure is not None:
             raise ExecutorFailedError(failure, method) from failure
@@ -115,3 +117,15 @@ class Lifecycle:
             then()
 
         threading.Thread(target=run, name="exec-failure", daemon=True).start()
+
+
+_lifecycles: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child of the host has copies of its executors only: they are closed there, so no call has to ask for the pid."""
+    for lifecycle in list(_lifecycles):
+        lifecycle.state = State.CLOSED
+
+
+os.register_at_fork(after_in_child=_close_in_child)

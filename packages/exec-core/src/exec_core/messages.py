@@ -21,7 +21,7 @@ import pickle
 import struct
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -58,9 +58,12 @@ class Encoded:
     format: Format
 
 
-@attrs.frozen
+_NO_KWARGS: Mapping[str, Any] = {}
+
+
+@attrs.define  # not frozen: these two are made for every call, and a frozen one costs three times as much
 class Request:
-    """One call as a worker runs it.
+    """One call as a worker runs it. Not changed once made.
 
     Attributes:
         method: a worker method's name, or a callable that gets the worker first.
@@ -69,7 +72,7 @@ class Request:
 
     method: str | Callable[..., Any]
     args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = attrs.field(factory=dict)
+    kwargs: Mapping[str, Any] = _NO_KWARGS
     wants_value: bool = True
 
     @property
@@ -77,13 +80,21 @@ class Request:
         return method_name(self.method)
 
 
-@attrs.frozen
+@attrs.define
 class Reply:
-    """What became of a `Request`: a value, or an error with the monotonic time at which it was raised, in ns."""
+    """What became of a `Request`: a value, or an error with the monotonic time at which it was raised, in ns.
+
+    Not changed once made.
+    """
 
     value: Any = None
     error: BaseException | None = None
-    time_ns: int = attrs.field(factory=time.monotonic_ns)
+    time_ns: int = 0
+
+    @classmethod
+    def of_error(cls, error: BaseException) -> Reply:
+        """A reply that says so, now."""
+        return cls(None, error, time.monotonic_ns())
 
 
 @attrs.frozen
@@ -142,14 +153,19 @@ def encode(value: object, name: str = "the value") -> Encoded:
     return Encoded(parts, sum(map(len, parts)), Format.SEGMENTS)
 
 
-def decode(buffer: memoryview, fmt: int) -> Any:
-    """The value in ``buffer``, which may be reused as soon as this returns."""
+def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:
+    """The value in ``buffer``.
+
+    Args:
+        owned: tensors and arrays may lie over ``buffer`` itself, which is writable and theirs for as long as they live;
+            otherwise they get a copy, and ``buffer`` may be reused as soon as this returns.
+    """
     if fmt == Format.NONE:
         return None
     if fmt == Format.PICKLE:
         return pickle.loads(buffer)
     # One copy into memory of our own; the views below lie over it and keep it alive.
-    memory = memoryview(bytearray(buffer))
+    memory = buffer if owned else memoryview(bytearray(buffer))
     n_segments, n_views, pickle_nbytes = struct.unpack_from("<3Q", memory)
     words = struct.unpack_from(f"<{n_segments + 2 * n_views}Q", memory, 24)
     position = arrays.round_up(8 * (3 + len(words)))
@@ -212,11 +228,11 @@ def _encode_named(body: tuple[Any, ...], request: Request) -> Encoded:
         raise error
 
 
-def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool) -> Request:
+def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool, owned: bool = False) -> Request:
     """The request that `encode_call` made. Unpickling may raise anything."""
     if fmt == Format.NONE:
         return Request(name, wants_value=wants_value)
-    args, kwargs, *method = decode(buffer, fmt)
+    args, kwargs, *method = decode(buffer, fmt, owned)
     return Request(method[0] if method else name, args, kwargs, wants_value)
 
 

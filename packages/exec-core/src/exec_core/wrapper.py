@@ -86,9 +86,9 @@ class WorkerWrapper:
     def execute(self, request: Request) -> Reply:
         """Runs ``request`` and never raises: whatever the worker raises is in the reply."""
         try:
-            return Reply(value=self._resolve(request.method)(*request.args, **request.kwargs))
+            return Reply(self._resolve(request.method)(*request.args, **request.kwargs))
         except BaseException as error:
-            return Reply(error=error)
+            return Reply.of_error(error)
 
     def _resolve(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
         if method == "init_worker":

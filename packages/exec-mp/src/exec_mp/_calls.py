@@ -21,6 +21,10 @@ from exec_core.messages import Failure, first_failure
 DEATH_GRACE_S = 0.02  # an error reply waits so long for a death: a victim's peers often complain before it is reported
 
 
+_NO_FAILURES: list[Failure] = []  # never changed: most calls need no list of their own
+_NOT_GATED: list[int] = []  # likewise
+
+
 @attrs.define(eq=False)
 class Entry:
     """One call in flight.
@@ -42,11 +46,11 @@ class Entry:
     call: Call
     future: Future[Any] | None
     pending: set[int]
+    values: dict[int, Any]
     number: int | None = None
-    values: dict[int, Any] = attrs.field(factory=dict)
-    failures: list[Failure] = attrs.field(factory=list)
+    failures: list[Failure] = _NO_FAILURES
     settle_at: float = math.inf
-    ungated: list[int] = attrs.field(factory=list)
+    ungated: list[int] = _NOT_GATED
     finished: bool = False
     error: BaseException | None = None
     waiter: Any = None
@@ -66,7 +70,9 @@ class Entry:
             if self.failures:
                 self.call.failure = min(self.failures, key=lambda failure: failure.time_ns)
             raise self.error
-        return self.call.result([self.values[rank] for rank in self.call.reply_ranks])
+        call, values = self.call, self.values
+        wanted = [values[rank] for rank in call.reply_ranks]
+        return wanted if call.aggregate is None else call.aggregate(wanted)
 
 
 class Calls:
@@ -79,6 +85,11 @@ class Calls:
         self._gated: list[Entry] = []  # those of them that start rank by rank, oldest first
         self._next = 1
 
+    @property
+    def gated(self) -> bool:
+        """Whether any call starts rank by rank."""
+        return bool(self._gated)
+
     def __len__(self) -> int:
         return len(self._open)
 
@@ -89,7 +100,7 @@ class Calls:
         """A place for ``call``, or None when `max_in_flight` is reached."""
         if len(self._open) >= self.max_in_flight:
             return None
-        entry = Entry(self._next, call, future, set(call.ranks))
+        entry = Entry(self._next, call, future, set(call.ranks), {})
         if call.max_concurrent is not None and call.max_concurrent < len(call.ranks):
             entry.ungated = list(call.ranks)
             self._gated.append(entry)
@@ -103,7 +114,7 @@ class Calls:
 
     def _drop(self, entry: Entry) -> None:
         self._open.pop(entry.id, None)
-        if entry in self._gated:
+        if self._gated and entry in self._gated:
             self._gated.remove(entry)
 
     def get(self, call_id: int) -> Entry | None:
@@ -142,7 +153,7 @@ class Calls:
         if entry.finished:
             return None, True
         if failure is not None:
-            entry.failures.append(failure)
+            entry.failures = [*entry.failures, failure]
             entry.settle_at = min(entry.settle_at, now + DEATH_GRACE_S)
         else:
             entry.values[rank] = value

@@ -1,170 +1,71 @@
-"""Bytes between the driver and its workers: one shared mapping, an eventfd for each side to sleep on.
+"""Bytes between the driver and its workers, through shared memory (`exec_mp._layout`), with an eventfd for each to sleep on.
 
     driver   DriverChannel.publish ==request ring==> WorkerChannel.next      worker
     driver   DriverChannel.take    <==reply ring==   WorkerChannel.publish   worker (one ring each)
 
-One anonymous memfd holds everything, 64-byte aligned::
-
-    control words | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
-
-A message up to ``inline_bytes`` lies in its ring slot, a larger one in the writer's arena. Each slot begins with a header of
-8-byte words, the first of which is the message's number plus one.
+A message up to ``inline_bytes`` lies in its ring slot, a larger one in a block of the writer's arena.
 
 Who writes what, in which order:
 
-* A writer fills the slot, then stores the number: *one aligned 8-byte store* through a memoryview cast to ``Q``, a single
-  instruction in CPython. On x86-64 stores become visible in order, so who sees the number sees the message; elsewhere a
-  system call stands between the two (untested). Then it signals the eventfd of who may sleep on it.
-* A reader copies the message out, then stores its position in its control word; the writer reuses the slot after that.
+* A writer fills the slot, then stores the message's number plus one, in the slot's first word (requests) or the rank's
+  ``REPLIES`` word: *one aligned 8-byte store* through a memoryview cast to ``Q``, a single instruction in CPython. On x86-64
+  stores become visible in order, so who sees the number sees the message; elsewhere a system call stands between the two
+  (untested). Then it signals the eventfd of who may sleep on it.
+* A reader copies the message out, or holds its block (`exec_mp._arena`), then stores its position; the writer reuses the slot.
 * A writer killed between the two stores leaves a slot without its number: the message was never sent.
-* Each control word has one writer: the driver for ``REPLIES_READ`` and ``GATE``, the rank for the others. ``REPLIES`` of all
-  ranks lie side by side, so that the driver looks at one slice to see all.
 """
 
 from __future__ import annotations
 
-import functools
-import mmap
 import os
-import platform
 import select
 import struct
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import attrs
-from exec_core.errors import ExecutorError, MessageTooLargeError
-from exec_core.messages import Encoded, Format, Part
+from exec_core.errors import MessageTooLargeError
+from exec_core.messages import Encoded, Format
 
-from exec_mp._arena import Arena
+from exec_mp import _layout
+from exec_mp._arena import BLOCKS, Arena
+from exec_mp._layout import REPLY_HEAD, REQUEST_WORDS, Geometry, Shared, fence, reserve
 
 SPIN_S = 100e-6  # "auto": long enough to catch a prompt answer, short enough to cost nothing in a decode cadence
 
-REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, REPLIES_READ, GATE = range(7)  # rows of control words
-_ROWS = 7
-_EXIT, _GATED, _CALLABLE = 1, 2, 4  # flags of a request
-_REQUEST = struct.Struct("<6Q")  # call id, flags, name bytes, body bytes, format, arena position (0: inline)
-_REPLY = struct.Struct("<6Q")  # call id, status, format, body bytes, arena position, time in ns
-_REPLY_HEAD = 64
-
-if platform.machine() in ("x86_64", "AMD64"):
-
-    def _fence() -> None:
-        """Nothing: x86-64 keeps stores in order, and loads in order."""
-else:
-    _fence = os.sched_yield  # a system call orders memory; untested
-
-
-@attrs.frozen
-class Geometry:
-    """Sizes of the mapping, in bytes unless said otherwise. The same on both sides.
-
-    Attributes:
-        world_size: ranks with a reply ring.
-        slots: messages in each ring.
-        inline_bytes: room in a slot.
-        arena_bytes: address space of each arena; its memory is used as messages need it.
-        spin_s: seconds that a waiter yields before it sleeps.
-    """
-
-    world_size: int
-    slots: int
-    inline_bytes: int
-    arena_bytes: int
-    spin_s: float
-
-    @functools.cached_property
-    def mask_words(self) -> int:
-        return -(-self.world_size // 64)
-
-    @functools.cached_property
-    def row(self) -> int:
-        """Words of one row of control words."""
-        return -(-self.world_size // 8) * 8
-
-    @functools.cached_property
-    def request_head(self) -> int:
-        return _up(8 * (7 + 2 * self.mask_words))
-
-    @functools.cached_property
-    def request_slot(self) -> int:
-        return self.request_head + _up(self.inline_bytes)
-
-    @functools.cached_property
-    def reply_slot(self) -> int:
-        return _REPLY_HEAD + _up(self.inline_bytes)
-
-    @functools.cached_property
-    def requests(self) -> int:
-        return 8 * _ROWS * self.row
-
-    def replies(self, rank: int) -> int:
-        return self.requests + self.slots * (self.request_slot + rank * self.reply_slot)
-
-    @functools.cached_property
-    def request_arena(self) -> int:
-        return -(-self.replies(self.world_size) // mmap.PAGESIZE) * mmap.PAGESIZE
-
-    def reply_arena(self, rank: int) -> int:
-        return self.request_arena + (1 + rank) * self.arena_bytes
-
-    @functools.cached_property
-    def total(self) -> int:
-        return self.reply_arena(self.world_size)
-
-
-def _up(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64
+NOTHING = Encoded((), 0, Format.NONE)
+_NO_BODY = memoryview(b"")
+_EXIT, _GATED, _ONE_READER = 1, 2, 4  # flags of a request
+_REQUEST = struct.Struct("<7Q")  # call id, flags, name bytes, body bytes, format, arena position (0: inline), block
+_REPLY = struct.Struct("<7Q")  # call id, status, format, body bytes, arena position, block, time in ns
+_COPY_BYTES = 4 << 20  # with other readers, a message is copied up to this size, and mapped copy-on-write above
+_LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
+_ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
 
 class Incoming(NamedTuple):
-    """A request as a worker finds it. ``body`` is valid until `WorkerChannel.done_reading`."""
+    """A request as a worker finds it. ``body`` is the worker's own if ``owned``, else valid until `done_reading`."""
 
     call_id: int
     name: str
     body: memoryview
+    owned: bool
     format: int
     wants_value: bool
     exits: bool
 
 
 class Answer(NamedTuple):
-    """A reply as the driver finds it. ``body`` is valid until `DriverChannel.consume`."""
+    """A reply as the driver finds it. ``body`` is the driver's own if ``owned``, else valid until `consume`."""
 
     rank: int
     call_id: int
     status: int
     format: int
     body: memoryview
+    owned: bool
     time_ns: int
-
-
-class _Shared:
-    """The mapping, as bytes and as words."""
-
-    def __init__(self, fd: int, geometry: Geometry) -> None:
-        self.geometry = geometry
-        self.mapping = mmap.mmap(fd, geometry.total)
-        self.view = memoryview(self.mapping)
-        self.words: Any = self.view.cast("Q")
-
-    def word(self, row: int, rank: int) -> int:
-        """Index of a control word."""
-        return row * self.geometry.row + rank
-
-    def write_body(self, parts: Sequence[Part], position: int) -> None:
-        for part in parts:
-            end = position + len(part)
-            self.view[position:end] = part
-            position = end
-
-    def close(self) -> None:
-        self.words.release()
-        self.view.release()
-        self.mapping.close()
 
 
 class DriverChannel:
@@ -176,15 +77,21 @@ class DriverChannel:
 
     def __init__(self, geometry: Geometry, remote_ranks: Sequence[int]) -> None:
         self.remote_ranks = tuple(remote_ranks)
-        self.fd, self.geometry = _reserve(geometry)
-        self._shared = _Shared(self.fd, self.geometry)
+        self.fd, geometry = reserve(geometry)
+        self.geometry = geometry
+        self._shared = shared = Shared(self.fd, geometry)
+        self._view, self._words, size = shared.view, shared.words, geometry.world_size
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.bells = {rank: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for rank in remote_ranks}
-        self._arena = Arena(self._shared.mapping, self.geometry.request_arena, self.geometry.arena_bytes)
+        holds = shared.holds(geometry.request_holds, BLOCKS * size)
+        self._arena = Arena(shared.mapping, geometry.request_arena, geometry.arena_bytes, holds, size)
+        self._reply_holds = [shared.holds(geometry.reply_holds(rank), BLOCKS) for rank in range(size)]
+        self._reply_rings = [geometry.replies(rank) for rank in range(size)]
         self._sent = 0  # requests published; by the publishing thread
-        self._held: deque[tuple[int, int]] = deque()  # (number, arena position) of requests not yet read by all
+        self._read = 0  # of them, known to be read by all; likewise
         self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], memoryview] = {}
-        self._seen = [0] * self.geometry.world_size  # replies taken from each rank; by the taking thread
+        self._replies = slice(shared.word(_layout.REPLIES, 0), shared.word(_layout.REPLIES, size))
+        self._seen = [0] * size  # replies taken from each rank; by the taking thread
         self._poll = select.poll()
         self._poll.register(self.bell, select.POLLIN)
 
@@ -195,53 +102,55 @@ class DriverChannel:
         body: Encoded,
         ranks: tuple[int, ...],
         reply_ranks: tuple[int, ...],
-        *,
-        gated: bool = False,
-        exits: bool = False,
+        flags: int = 0,
     ) -> int | None:
-        """Sends one request to ``ranks`` and returns its number, or None while there is no room.
-
-        Args:
-            gated: a rank starts it only when `open_gate` says so.
-            exits: the rank leaves its loop.
-        """
-        geometry, shared, number = self.geometry, self._shared, self._sent
-        read = self._reclaim()
-        if number - read >= geometry.slots:
+        """Sends one request to ``ranks`` and returns its number, or None while there is no room."""
+        geometry, number, slots = self.geometry, self._sent, self.geometry.slots
+        if number - self._read >= slots // 2 and number - self._count_read() >= slots:
             return None
-        encoded_name = name.encode()
-        inline = len(encoded_name) + body.nbytes <= geometry.inline_bytes
-        position = 0
-        if not inline and (position := self._place(name, len(encoded_name), body.nbytes) or 0) == 0:
-            return None
-        slot = geometry.requests + number % geometry.slots * geometry.request_slot
-        flags = (_EXIT if exits else 0) | (_GATED if gated else 0) | (0 if name else _CALLABLE)
-        _REQUEST.pack_into(shared.view, slot + 8, call_id, flags, len(encoded_name), body.nbytes, body.format, position)
-        word = slot // 8 + 7
-        shared.words[word : word + 2 * geometry.mask_words] = self._mask(ranks, reply_ranks)
+        encoded_name, nbytes = name.encode(), body.nbytes
+        position = block = 0
+        if len(encoded_name) + nbytes > geometry.inline_bytes:
+            place = self._place(name, len(encoded_name), nbytes, ranks)
+            if place is None:
+                return None
+            position, block = place
+        if len(ranks) == 1:
+            flags |= _ONE_READER
+        slot = geometry.requests + number % slots * geometry.request_slot
+        _REQUEST.pack_into(self._view, slot + 8, call_id, flags, len(encoded_name), nbytes, body.format, position, block)
+        word = slot // 8
+        self._words[word + REQUEST_WORDS : word + REQUEST_WORDS + 2 * geometry.mask_words] = self._mask(ranks, reply_ranks)
         start = slot + geometry.request_head
-        shared.view[start : start + len(encoded_name)] = encoded_name
-        if body.nbytes:
-            shared.write_body(body.parts, position or start + len(encoded_name))
-        _fence()
-        shared.words[slot // 8] = number + 1
+        end = start + len(encoded_name)
+        self._view[start:end] = encoded_name
+        if nbytes:
+            self._shared.write_body(body.parts, position or end)
+        fence()
+        self._words[word] = number + 1
         self._sent = number + 1
-        if position:
-            self._held.append((number, position))
-        crowded = number - read >= geometry.slots // 2  # then the others must read past it soon, too
+        crowded = number - self._read >= slots // 2  # then the others must read past it soon, too
         for rank in self.remote_ranks if crowded else ranks:
             os.eventfd_write(self.bells[rank], 1)
         return number
 
-    def _place(self, name: str, name_bytes: int, body_bytes: int) -> int | None:
-        if body_bytes > self._arena.limit:
-            raise MessageTooLargeError(
-                f"{name or 'the call'!r}", body_bytes, self._arena.limit,
-                "this is the address space that the system allows (ulimit -v, ulimit -f)",
-            )  # fmt: skip
+    def publish_exit(self) -> None:
+        """Tells all ranks to leave their loops."""
+        self.publish(0, "exit", NOTHING, self.remote_ranks, (), _EXIT)
+
+    def publish_gated(
+        self, call_id: int, name: str, body: Encoded, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]
+    ) -> int | None:
+        """`publish`, but a rank starts the call only when `open_gate` says so."""
+        return self.publish(call_id, name, body, ranks, reply_ranks, _GATED)
+
+    def _place(self, name: str, name_bytes: int, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
+        if nbytes > self._arena.limit:
+            raise MessageTooLargeError(repr(name or "the call"), nbytes, self._arena.limit, _LIMITS)
         if name_bytes > self.geometry.inline_bytes:
-            raise MessageTooLargeError("a method's name", name_bytes, self.geometry.inline_bytes, "raise RpcConfig.inline_bytes")
-        return self._arena.allocate(body_bytes)
+            limit = self.geometry.inline_bytes
+            raise MessageTooLargeError("a method's name", name_bytes, limit, "raise RpcConfig.inline_bytes")
+        return self._arena.allocate(nbytes, ranks)
 
     def _mask(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]) -> memoryview:
         """One bit per rank for who runs it, then for whose value is wanted."""
@@ -253,50 +162,49 @@ class DriverChannel:
             self._masks[ranks, reply_ranks] = mask
         return mask
 
-    def _reclaim(self) -> int:
-        """Requests that all ranks have read; their arena blocks are free again."""
-        first = self._shared.word(REQUESTS_READ, 0)
-        words = self._shared.words
-        read = min(words[first + rank] for rank in self.remote_ranks)
-        while self._held and self._held[0][0] < read:
-            self._arena.free(self._held.popleft()[1])
-        return int(read)
+    def _count_read(self) -> int:
+        """Requests that all ranks have read."""
+        first = self._shared.word(_layout.REQUESTS_READ, 0)
+        self._read = min(self._words[first + rank] for rank in self.remote_ranks)
+        return self._read
 
     def look(self) -> list[int]:
         """Ranks with a reply that has not been taken."""
-        first = self._shared.word(REPLIES, 0)
-        counts = self._shared.words[first : first + self.geometry.world_size].tolist()
+        counts = self._words[self._replies].tolist()
         if counts == self._seen:
             return []
         return [rank for rank, count in enumerate(counts) if count != self._seen[rank]]
 
     def take(self, rank: int) -> Answer:
         """The next reply of ``rank``, one that `look` has seen."""
-        _fence()
-        geometry, shared = self.geometry, self._shared
-        slot = geometry.replies(rank) + self._seen[rank] % geometry.slots * geometry.reply_slot
-        call_id, status, fmt, nbytes, position, time_ns = _REPLY.unpack_from(shared.view, slot + 8)
-        start = position or slot + _REPLY_HEAD
-        return Answer(rank, call_id, status, fmt, shared.view[start : start + nbytes], time_ns)
+        fence()
+        geometry = self.geometry
+        slot = self._reply_rings[rank] + self._seen[rank] % geometry.slots * geometry.reply_slot
+        call_id, status, fmt, nbytes, position, block, time_ns = _REPLY.unpack_from(self._view, slot)
+        if position:
+            body = self._shared.lend(position, nbytes, self._reply_holds[rank], block)
+        else:
+            body = self._view[slot + REPLY_HEAD : slot + REPLY_HEAD + nbytes] if nbytes else _NO_BODY
+        return Answer(rank, call_id, status, fmt, body, position != 0, time_ns)
 
     def consume(self, rank: int) -> None:
-        """The reply taken last from ``rank`` is done with; its memory may be used again."""
+        """The reply taken last from ``rank`` is done with; its slot may be used again."""
         self._seen[rank] += 1
-        self._shared.words[self._shared.word(REPLIES_READ, rank)] = self._seen[rank]
+        self._words[self._shared.word(_layout.REPLIES_READ, rank)] = self._seen[rank]
 
     def open_gate(self, rank: int, number: int) -> None:
         """Lets ``rank`` start gated requests up to ``number``."""
-        self._shared.words[self._shared.word(GATE, rank)] = number + 1
+        self._words[self._shared.word(_layout.GATE, rank)] = number + 1
         os.eventfd_write(self.bells[rank], 1)
 
     def current(self, rank: int) -> tuple[int, int]:
         """Call id that ``rank`` is in (0: none) and since when, in monotonic ns."""
-        words, shared = self._shared.words, self._shared
-        return words[shared.word(CURRENT_CALL, rank)], words[shared.word(SINCE_NS, rank)]
+        words, word = self._words, self._shared.word
+        return words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.SINCE_NS, rank)]
 
     def stacks(self, rank: int) -> int:
         """Stack reports that ``rank`` has written."""
-        return int(self._shared.words[self._shared.word(STACKS, rank)])
+        return int(self._words[self._shared.word(_layout.STACKS, rank)])
 
     def sleep(self, timeout_s: float | None) -> bool:
         """Waits on the bell for at most ``timeout_s``; whether it rang."""
@@ -322,84 +230,79 @@ class DriverChannel:
             os.close(fd)
 
 
-def _reserve(geometry: Geometry) -> tuple[int, Geometry]:
-    """A memfd large enough, with smaller arenas where limits on address space or file size refuse."""
-    arena_bytes = geometry.arena_bytes
-    while True:
-        geometry = attrs.evolve(geometry, arena_bytes=arena_bytes)
-        fd = os.memfd_create("exec-mp", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, geometry.total)
-            mmap.mmap(fd, geometry.total).close()
-        except (OSError, OverflowError) as error:
-            os.close(fd)
-            arena_bytes //= 8
-            if arena_bytes < 1 << 20:
-                raise ExecutorError(
-                    f"no shared memory for {geometry.world_size} ranks ({error}); check ulimit -v, ulimit -f and the memory limit"
-                ) from error
-        else:
-            return fd, geometry
-
-
 class WorkerChannel:
     """A worker's end: reads requests, writes replies. The main thread reads; writers hold the caller's lock."""
 
     def __init__(self, fd: int, geometry: Geometry, rank: int, bell: int, driver_bell: int) -> None:
-        self._shared = _Shared(fd, geometry)
-        self._rank, self._bell, self._driver_bell = rank, bell, driver_bell
-        self._read = 0
-        self._replied = 0
-        self._arena = Arena(self._shared.mapping, geometry.reply_arena(rank), geometry.arena_bytes)
-        self._held: deque[tuple[int, int]] = deque()
+        self._fd, self._geometry, self._rank = fd, geometry, rank
+        self._shared = shared = Shared(fd, geometry)
+        self._view, self._words, size = shared.view, shared.words, geometry.world_size
+        self._bell, self._driver_bell = bell, driver_bell
+        self._mask_word, self._mask_bit = REQUEST_WORDS + rank // 64, rank % 64
+        self._read = self._replied = 0
+        self._at = {row: shared.word(row, rank) for row in range(_layout.GATE + 1)}
+        self._current, self._since = self._at[_layout.CURRENT_CALL], self._at[_layout.SINCE_NS]
+        self._ring = geometry.replies(rank)
+        self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
+        reply_holds = shared.holds(geometry.reply_holds(rank), BLOCKS)
+        self._arena = Arena(shared.mapping, geometry.reply_arena(rank), geometry.arena_bytes, reply_holds, 1)
         self._names: dict[bytes, str] = {}
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
 
     def next(self) -> Incoming:
         """The next request for this rank. Skips those for others."""
-        geometry, shared = self._shared.geometry, self._shared
-        count = geometry.mask_words
-        word, bit = divmod(self._rank, 64)
+        geometry, words, view = self._geometry, self._words, self._view
         while True:
             slot = geometry.requests + self._read % geometry.slots * geometry.request_slot
-            self._await(slot // 8, self._read + 1)
-            _fence()
-            masks = slot // 8 + 7
-            if shared.words[masks + word] >> bit & 1:
+            word = slot // 8
+            if words[word] <= self._read:
+                self._await(word, self._read + 1)
+            fence()
+            if words[word + self._mask_word] >> self._mask_bit & 1:
                 break
             self.done_reading()
-        call_id, flags, name_bytes, nbytes, fmt, position = _REQUEST.unpack_from(shared.view, slot + 8)
+        call_id, flags, name_bytes, nbytes, fmt, position, block = _REQUEST.unpack_from(view, slot + 8)
         if flags & _GATED:
-            self._await(shared.word(GATE, self._rank), self._read + 1)
+            self._await(self._at[_layout.GATE], self._read + 1)
         start = slot + geometry.request_head
-        name = bytes(shared.view[start : start + name_bytes])
-        start = position or start + name_bytes
-        return Incoming(
-            call_id,
-            self._names.get(name) or self._names.setdefault(name, name.decode()),
-            shared.view[start : start + nbytes],
-            fmt,
-            bool(shared.words[masks + count + word] >> bit & 1),
-            bool(flags & _EXIT),
-        )
+        raw_name = bytes(view[start : start + name_bytes])
+        name = self._names.get(raw_name)
+        if name is None:
+            name = self._names[raw_name] = raw_name.decode()
+        start += name_bytes
+        if position:
+            body = self._body(position, nbytes, block, flags)
+        else:
+            body = view[start : start + nbytes] if nbytes else _NO_BODY
+        wants_value = bool(words[word + self._mask_word + geometry.mask_words] >> self._mask_bit & 1)
+        return Incoming(call_id, name, body, position != 0, fmt, wants_value, bool(flags & _EXIT))
+
+    def _body(self, position: int, nbytes: int, block: int, flags: int) -> memoryview:
+        """The message in an arena block, in memory of this rank's own."""
+        hold = block * self._geometry.world_size + self._rank
+        if flags & _ONE_READER:
+            return self._shared.lend(position, nbytes, self._holds, hold)
+        if nbytes > _COPY_BYTES:
+            return self._shared.private(self._fd, position, nbytes, self._holds, hold)
+        body = memoryview(bytearray(self._view[position : position + nbytes]))
+        self._holds[hold] = 0
+        return body
 
     def done_reading(self) -> None:
-        """The request is copied out; its memory may be used again."""
+        """The request is copied out or held; its slot may be used again."""
         self._read += 1
-        self._shared.words[self._shared.word(REQUESTS_READ, self._rank)] = self._read
+        self._words[self._at[_layout.REQUESTS_READ]] = self._read
 
     def _await(self, word: int, value: int) -> None:
         """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps."""
-        words = self._shared.words
-        if words[word] >= value:
-            return
-        spin_until = time.monotonic() + self._shared.geometry.spin_s
+        words, clock, give_way = self._words, time.monotonic, os.sched_yield
+        spin_until = clock() + self._geometry.spin_s
         while words[word] < value:
-            if time.monotonic() < spin_until:
-                os.sched_yield()
+            if clock() < spin_until:
+                give_way()
                 continue
-            self._reclaim()
+            self._arena.reclaim()
             self._poll.poll()
             try:
                 os.eventfd_read(self._bell)
@@ -407,53 +310,47 @@ class WorkerChannel:
                 continue
 
     def set_current(self, call_id: int) -> None:
-        """Shows the driver which call this rank is in; 0: none."""
-        words, shared = self._shared.words, self._shared
-        words[shared.word(SINCE_NS, self._rank)] = time.monotonic_ns()
-        words[shared.word(CURRENT_CALL, self._rank)] = call_id
+        """Shows the driver which call this rank is in."""
+        words = self._words
+        words[self._since] = time.monotonic_ns()
+        words[self._current] = call_id
+
+    def set_idle(self) -> None:
+        """Shows the driver that this rank is in no call."""
+        self._words[self._current] = 0
 
     def count_stack(self) -> None:
         """One more stack report is written."""
-        self._shared.words[self._shared.word(STACKS, self._rank)] += 1
+        self._words[self._at[_layout.STACKS]] += 1
 
-    def publish(self, call_id: int, status: int, body: Encoded, time_ns: int, *, droppable: bool = False) -> None:
-        """Sends one reply; waits while the ring is full, unless it may be dropped.
+    def publish(self, call_id: int, status: int, body: Encoded, time_ns: int) -> None:
+        """Sends one reply; waits while the ring is full.
 
         Raises:
             MessageTooLargeError, ExecutorError: for a body that does not fit; nothing was sent.
         """
-        geometry, shared, number = self._shared.geometry, self._shared, self._replied
-        if droppable and number - self._reclaim() >= geometry.slots // 2:
-            return
-        while number - self._reclaim() >= geometry.slots:
-            time.sleep(0.0005)  # the driver drains whenever a call is pending; nothing signals room in this direction
-        position = self._place(body.nbytes) if body.nbytes > geometry.inline_bytes else 0
-        slot = geometry.replies(self._rank) + number % geometry.slots * geometry.reply_slot
-        _REPLY.pack_into(shared.view, slot + 8, call_id, status, body.format, body.nbytes, position, time_ns)
-        if body.nbytes:
-            shared.write_body(body.parts, position or slot + _REPLY_HEAD)
-        _fence()
-        shared.words[shared.word(REPLIES, self._rank)] = number + 1
-        self._replied = number + 1
-        if position:
-            self._held.append((number, position))
+        geometry, number, nbytes = self._geometry, self._replied, body.nbytes
+        while self.backlog >= geometry.slots:
+            time.sleep(_ROOM_EVERY_S)
+        position = block = 0
+        if nbytes > geometry.inline_bytes:
+            position, block = self._place(nbytes)
+        slot = self._ring + number % geometry.slots * geometry.reply_slot
+        _REPLY.pack_into(self._view, slot, call_id, status, body.format, nbytes, position, block, time_ns)
+        if nbytes:
+            self._shared.write_body(body.parts, position or slot + REPLY_HEAD)
+        fence()
+        self._replied = self._words[self._at[_layout.REPLIES]] = number + 1
         os.eventfd_write(self._driver_bell, 1)
 
-    def _place(self, nbytes: int) -> int:
+    @property
+    def backlog(self) -> int:
+        """Replies that the driver has not taken."""
+        return int(self._replied - self._words[self._at[_layout.REPLIES_READ]])
+
+    def _place(self, nbytes: int) -> tuple[int, int]:
         if nbytes > self._arena.limit:
-            raise MessageTooLargeError(
-                "the result", nbytes, self._arena.limit, "this is the address space that the system allows (ulimit -v, ulimit -f)"
-            )
-        while (position := self._arena.allocate(nbytes)) is None:
-            time.sleep(0.0005)
-            self._reclaim()
-        return position
-
-    def _reclaim(self) -> int:
-        read = self._shared.words[self._shared.word(REPLIES_READ, self._rank)]
-        while self._held and self._held[0][0] < read:
-            self._arena.free(self._held.popleft()[1])
-        return int(read)
-
-
-NOTHING = Encoded((), 0, Format.NONE)
+            raise MessageTooLargeError("the result", nbytes, self._arena.limit, _LIMITS)
+        while (place := self._arena.allocate(nbytes, (0,))) is None:
+            time.sleep(_ROOM_EVERY_S)
+        return place

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 from exec_core import messages
@@ -39,8 +39,9 @@ from exec_core.messages import Encoded, Failure, Reply
 from exec_core.wrapper import WorkerWrapper
 
 from exec_mp._calls import Calls, Entry
-from exec_mp._channel import NOTHING, DriverChannel, Geometry
+from exec_mp._channel import DriverChannel
 from exec_mp._forkserver import Exited
+from exec_mp._layout import Geometry
 from exec_mp._launcher import Session, end_groups
 from exec_mp._output import WorkerOutput
 from exec_mp._receiver import Receiver, Todo
@@ -134,7 +135,7 @@ class ProcessGroup:
 
     def run(self, call: Call) -> Any:
         if self._inline is not None:
-            self._inline.check_not_inside(call.name)
+            self._inline.check_not_inside(call.request)
         if not call.ranks:
             return call.result([])
         entry, job = self._send(call, None, wait=True)
@@ -148,7 +149,7 @@ class ProcessGroup:
         try:
             reply = inline.run(job, entry.call.deadline, late=lambda reply: self._local_reply(entry, reply))
         except BaseException as error:  # Ctrl-C: rank 0 has left the call, which is over for the others as well
-            self._local_reply(entry, Reply(error=error))
+            self._local_reply(entry, Reply.of_error(error))
             with self._lock:
                 self._calls.abandon(entry, error)
             raise
@@ -181,40 +182,35 @@ class ProcessGroup:
         self, call: Call, future: Future[Any] | None, name: str, body: Encoded
     ) -> tuple[Entry, Job | None] | None:
         with self._lock:
-            self._check_open(call.name)
+            if self._calls.closed_by is not None:
+                self._raise_closed(self._calls.closed_by, call.name)
             entry = self._calls.open(call, future)
         if entry is None:
             return None
-        remote = call.ranks if self._inline is None else tuple(rank for rank in call.ranks if rank != 0)
+        inline = self._inline
+        remote = call.ranks if inline is None else tuple(rank for rank in call.ranks if rank != 0)
         if remote:
             if future is not None and not future.running():
                 future.set_running_or_notify_cancel()  # a reply may come before publish returns
             try:
-                entry.number = self._channel.publish(
-                    entry.id, name, body, remote, call.reply_ranks, gated=bool(entry.ungated)
-                )
+                publish = self._channel.publish_gated if entry.ungated else self._channel.publish
+                entry.number = publish(entry.id, name, body, remote, call.reply_ranks)
             finally:
                 if entry.number is None:
                     with self._lock:
                         self._calls.withdraw(entry)
             if entry.number is None:
                 return None
-        job = self._enqueue_inline(entry) if self._inline is not None and 0 in call.ranks else None
+        job = self._enqueue_inline(inline, entry) if inline is not None and 0 in call.ranks else None
         if entry.ungated:
-            self._open_gates()
+            with self._lock:
+                self._receiver.open_gates()
         return entry, job
 
-    def _open_gates(self) -> None:
-        with self._lock:
-            for rank, entry in self._calls.grants():
-                if entry.number is not None and rank in self._channel.remote_ranks:
-                    self._channel.open_gate(rank, entry.number)
-
-    def _enqueue_inline(self, entry: Entry) -> Job | None:
-        assert self._inline is not None  # the caller has looked
+    def _enqueue_inline(self, inline: InlineWorker, entry: Entry) -> Job | None:
         request, future = entry.call.request, entry.future
         if future is None:
-            return self._inline.enqueue(request)
+            return inline.enqueue(request)
 
         def start() -> bool:
             if future.running() or entry.finished or future.set_running_or_notify_cancel():
@@ -223,7 +219,7 @@ class ProcessGroup:
                 self._calls.withdraw(entry)
             return False
 
-        self._inline.enqueue(request, start, lambda reply: self._local_reply(entry, reply))
+        inline.enqueue(request, start, lambda reply: self._local_reply(entry, reply))
         return None
 
     def _local_reply(self, entry: Entry, reply: Reply) -> None:
@@ -236,7 +232,8 @@ class ProcessGroup:
             else:
                 failure = Failure(0, os.getpid(), reply.error, reply.time_ns)
                 finished, _ = self._calls.error(entry.id, failure, time.monotonic())
-        self._open_gates()
+            if self._calls.gated:
+                self._receiver.open_gates()
         if finished is not None:
             self._receiver.deliver(finished, todo)
         elif reply.error is not None:
@@ -244,12 +241,11 @@ class ProcessGroup:
         for act in todo:
             act()
 
-    def _check_open(self, method: str) -> None:
-        error = self._calls.closed_by
+    @staticmethod
+    def _raise_closed(error: BaseException, method: str) -> NoReturn:
         if isinstance(error, WorkerDiedError):
             raise ExecutorFailedError(error, method) from error
-        if error is not None:
-            raise ExecutorClosedError(str(error), method)
+        raise ExecutorClosedError(str(error), method)
 
     def _raise_no_room(self, call: Call, future: Future[Any] | None) -> None:
         limit = self._calls.max_in_flight
@@ -376,7 +372,7 @@ class ProcessGroup:
         self._fail_pending(error)
         if asked:
             with self._send_lock, contextlib.suppress(Exception):
-                self._channel.publish(0, "exit", NOTHING, self._channel.remote_ranks, (), exits=True)
+                self._channel.publish_exit()
         idle = self._inline is None or self._inline.close(deadline)
         if self._wrapper is not None and idle:
             self._wrapper.shutdown()

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from exec_core import messages
-from exec_core.messages import Failure, Status
+from exec_core.messages import Failure, Format, Status
 
 from exec_mp._calls import Calls, Entry
 from exec_mp._channel import Answer, DriverChannel
@@ -196,24 +196,27 @@ class Receiver:
     def _record(self, answer: Answer, todo: Todo) -> None:
         value, failure = self._decode(answer)
         with self._lock:
-            name = self._calls.name_of(answer.call_id)
+            entry = self._calls.get(answer.call_id)
             if failure is None:
                 finished, late = self._calls.value(answer.rank, answer.call_id, value)
             else:
                 finished, late = self._calls.error(answer.call_id, failure, time.monotonic())
-            for granted, entry in self._calls.grants():
-                if entry.number is not None:
-                    self._channel.open_gate(granted, entry.number)
-            entry_now = self._calls.get(answer.call_id)
-            if failure is not None and entry_now is not None and entry_now.waiter is not None:
-                entry_now.waiter.set()  # it is due sooner now
-            sooner = failure is not None and self._calls.due() < self._wake_at
-        if late and self._calls.name_of(answer.call_id) is None:
-            todo.append(lambda: self._late(answer.rank, name or "?"))
+                if entry is not None and entry.waiter is not None:
+                    entry.waiter.set()  # it is due sooner now
+            if self._calls.gated:
+                self.open_gates()
         if finished is not None:
             self.deliver(finished, todo)
-        if sooner:
+        elif late and entry is not None and not entry.pending:
+            todo.append(lambda: self._late(answer.rank, entry.call.name))
+        if failure is not None:
             self.look_again()
+
+    def open_gates(self) -> None:
+        """Under the lock: lets ranks start calls that run on few of them at a time."""
+        for rank, entry in self._calls.grants():
+            if entry.number is not None and rank in self._channel.remote_ranks:
+                self._channel.open_gate(rank, entry.number)
 
     def deliver(self, entry: Entry, todo: Todo) -> None:
         """Wakes the caller of a finished entry, or leaves its future to be finished in ``todo``."""
@@ -223,11 +226,13 @@ class Receiver:
             entry.waiter.set()
 
     def _decode(self, answer: Answer) -> tuple[object, Failure | None]:
+        if answer.format == Format.NONE:
+            return None, None
         rank, pid = answer.rank, self._pids.get(answer.rank, 0)
         name = self._calls.name_of(answer.call_id) or "?"
         try:
             if answer.status == Status.VALUE:
-                return messages.decode(answer.body, answer.format), None
+                return messages.decode(answer.body, answer.format, answer.owned), None
             error = messages.decode_error(answer.body, answer.format, rank, pid, name)
         except Exception as unloadable:  # a result whose unpickling raises, of a class that is not here, say
             error = unloadable

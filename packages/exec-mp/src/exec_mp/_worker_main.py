@@ -19,15 +19,17 @@ import time
 from typing import Any
 
 from exec_core import messages
-from exec_core.messages import Encoded, Format, Reply, Request, Status
+from exec_core.messages import Format, Reply, Request, Status
 from exec_core.worker import as_async_output
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
 
-from exec_mp._channel import Geometry, Incoming, WorkerChannel
+from exec_mp._channel import NOTHING, Incoming, WorkerChannel
+from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
 
 BOOT_FD, RENDEZVOUS_FD, CHANNEL_FD, BELL_FD, DRIVER_BELL_FD, STACK_BELL_FD, STACKS_FD = range(3, 10)
 _PROGRESS_EVERY_S = 0.05
+_MAX_PROGRESS_BACKLOG = 8
 
 
 class Replier:
@@ -39,9 +41,8 @@ class Replier:
         self._progress_at = 0.0  # when progress was sent last; guarded by _lock
 
     def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
-        status, body = Status.VALUE, Encoded((), 0, Format.NONE)
-        error = reply.error
-        if error is None and wants_value:
+        status, body, error = Status.VALUE, NOTHING, reply.error
+        if error is None and wants_value and reply.value is not None:
             try:
                 body = messages.encode(reply.value, f"the result of {name!r}")
             except Exception as unpicklable:
@@ -57,10 +58,11 @@ class Replier:
     def progress(self, done: int, total: int, what: str) -> None:
         now = time.monotonic()
         with self._lock:
-            if now - self._progress_at < _PROGRESS_EVERY_S and done < total:
+            late = self._channel.backlog > _MAX_PROGRESS_BACKLOG  # nobody listens: the ring is for replies
+            if late or (now - self._progress_at < _PROGRESS_EVERY_S and done < total):
                 return
             self._progress_at = now
-            self._channel.publish(0, Status.PROGRESS, messages.encode((done, total, what)), 0, droppable=True)
+            self._channel.publish(0, Status.PROGRESS, messages.encode((done, total, what)), 0)
 
 
 class _Outputs:
@@ -84,7 +86,7 @@ class _Outputs:
             try:
                 reply = Reply(settle(value, wanted=True))
             except BaseException as error:
-                reply = Reply(error=error)
+                reply = Reply.of_error(error)
             self._replier.send(call_id, name, reply, wants_value=True)
 
     def close(self) -> None:
@@ -93,13 +95,16 @@ class _Outputs:
             self._thread.join()
 
 
+_EMPTY = Reply()
+
+
 def _decode(message: Incoming) -> tuple[Request | None, Reply]:
     """The request, or why there is none: its arguments may be anything, also classes that cannot be imported here."""
     try:
-        return messages.decode_call(message.name, message.body, message.format, message.wants_value), Reply()
+        return messages.decode_call(message.name, message.body, message.format, message.wants_value, message.owned), Reply()
     except BaseException as error:
         error.add_note("while the arguments were being unpickled in the worker")
-        return None, Reply(error=error)
+        return None, Reply.of_error(error)
 
 
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
@@ -108,14 +113,14 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
     while not (message := channel.next()).exits:
         channel.set_current(message.call_id)
         name = message.name
-        request, reply = _decode(message)
+        request, reply = (Request(name), _EMPTY) if message.format == Format.NONE else _decode(message)
         channel.done_reading()
         if request is not None:
             name = request.name
             reply = wrapper.execute(request)
             del request  # what it holds need not outlive the call
-        channel.set_current(0)
-        if as_async_output(reply.value) is None:
+        channel.set_idle()
+        if reply.value is None or as_async_output(reply.value) is None:
             replier.send(message.call_id, name, reply, message.wants_value)
         elif message.wants_value:
             outputs.put(message.call_id, name, reply.value)
@@ -134,7 +139,6 @@ def main(geometry: Geometry, rank: int, threads: int | None) -> None:
     if threads is not None:
         set_threads(threads)
     channel = WorkerChannel(CHANNEL_FD, geometry, rank, BELL_FD, DRIVER_BELL_FD)
-    os.close(CHANNEL_FD)
     StackReporter(STACK_BELL_FD, STACKS_FD, rank, channel.count_stack)
     replier = Replier(channel)
     wrapper = WorkerWrapper(rank, replier.progress)

@@ -15,8 +15,9 @@ from exec_core.group import WorkerGroup
 from exec_core.inprocess import InProcessGroup
 from exec_core.context import WorkerInit
 
-from exec_mp._channel import SPIN_S, Geometry
+from exec_mp._channel import SPIN_S
 from exec_mp._group import Hooks, Parts, ProcessGroup
+from exec_mp._layout import Geometry
 from exec_mp._launcher import Session, boot_record, fork_server, run_program
 from exec_mp._output import WorkerOutput
 from exec_mp._worker_main import RENDEZVOUS_FD

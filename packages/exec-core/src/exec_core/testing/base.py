@@ -20,6 +20,8 @@ from exec_core.testing.workers import EchoWorker
 
 Start = Callable[..., Executor]
 
+_LATE_THREADS = ("exec-inline", "exec-inline-output", "exec-deadlines")
+
 
 class ContractBase:
     """Configuration and fixtures of `ExecutorContract`.
@@ -92,7 +94,7 @@ class ContractBase:
     @pytest.fixture(autouse=True)
     def _test_leaves_nothing(self) -> Iterator[None]:
         # The class's executor starts threads when they are first needed, and keeps them.
-        with leak_check(allowed=lambda kind, item: kind == "threads" and item.startswith("exec-inline")):
+        with leak_check(allowed=lambda kind, item: kind == "threads" and item in _LATE_THREADS):
             yield
 
     @pytest.fixture

@@ -321,3 +321,8 @@ def overlap(worker: Any, directory: str, work_s: float = 0.01) -> int:
 def modules_imported(worker: Any, name: str) -> bool:
     """Whether this rank's process has imported a module."""
     return name in sys.modules
+
+
+def where_am_i(worker: Any) -> int:
+    """This rank."""
+    return int(worker.context.rank)

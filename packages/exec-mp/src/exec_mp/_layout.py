@@ -1,0 +1,206 @@
+"""The shared mapping: what lies where in it, and who writes what.
+
+One anonymous memfd holds everything::
+
+    control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
+
+Control words are 8 bytes each, in rows with one word per rank. Each word has one writer: the driver for ``REPLIES_READ`` and
+``GATE``, the rank for the others. ``REPLIES`` of all ranks lie side by side, so that the driver looks at one slice to see all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import platform
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+from exec_core.errors import ExecutorError
+from exec_core.messages import Part
+
+from exec_mp._arena import BLOCKS
+
+REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, REPLIES_READ, GATE = range(7)  # rows of control words
+_ROWS = 7
+REQUEST_WORDS = 8  # of a request's header, before the masks
+REPLY_HEAD = 64  # bytes of a reply's header
+
+if platform.machine() in ("x86_64", "AMD64"):
+
+    def fence() -> None:
+        """Nothing: x86-64 keeps stores in order, and loads in order."""
+else:
+    fence = os.sched_yield  # a system call orders memory; untested
+
+
+def _up(nbytes: int, to: int = 64) -> int:
+    return -(-nbytes // to) * to
+
+
+@attrs.frozen
+class Geometry:
+    """Sizes of the mapping, in bytes unless said otherwise. The same on both sides.
+
+    Attributes:
+        world_size: ranks with a reply ring.
+        slots: messages in each ring.
+        inline_bytes: room in a slot.
+        arena_bytes: address space of each arena; its memory is used as messages need it.
+        spin_s: seconds that a waiter yields before it sleeps.
+    """
+
+    world_size: int
+    slots: int
+    inline_bytes: int
+    arena_bytes: int
+    spin_s: float
+
+    @functools.cached_property
+    def mask_words(self) -> int:
+        return -(-self.world_size // 64)
+
+    @functools.cached_property
+    def row(self) -> int:
+        """Words of one row of control words."""
+        return _up(self.world_size, 8)
+
+    @functools.cached_property
+    def request_head(self) -> int:
+        return _up(8 * (REQUEST_WORDS + 2 * self.mask_words))
+
+    @functools.cached_property
+    def request_slot(self) -> int:
+        return self.request_head + _up(self.inline_bytes)
+
+    @functools.cached_property
+    def reply_slot(self) -> int:
+        return REPLY_HEAD + _up(self.inline_bytes)
+
+    @functools.cached_property
+    def request_holds(self) -> int:
+        """Hold bytes of the ranks on the driver's blocks: ``BLOCKS`` rows with one byte per rank."""
+        return 8 * _ROWS * self.row
+
+    def reply_holds(self, rank: int) -> int:
+        """Hold bytes of the driver on the blocks of ``rank``."""
+        return self.request_holds + BLOCKS * (self.world_size + rank)
+
+    @functools.cached_property
+    def requests(self) -> int:
+        return _up(self.reply_holds(self.world_size))
+
+    def replies(self, rank: int) -> int:
+        return self.requests + self.slots * (self.request_slot + rank * self.reply_slot)
+
+    @functools.cached_property
+    def request_arena(self) -> int:
+        return _up(self.replies(self.world_size), mmap.PAGESIZE)
+
+    def reply_arena(self, rank: int) -> int:
+        return self.request_arena + (1 + rank) * self.arena_bytes
+
+    @property
+    def total(self) -> int:
+        return self.reply_arena(self.world_size)
+
+
+def reserve(geometry: Geometry) -> tuple[int, Geometry]:
+    """A memfd large enough for ``geometry``, with smaller arenas where limits on address space or file size refuse.
+
+    Raises:
+        ExecutorError: when even the smallest does not fit.
+    """
+    arena_bytes = geometry.arena_bytes
+    while True:
+        geometry = attrs.evolve(geometry, arena_bytes=arena_bytes)
+        fd = os.memfd_create("exec-mp", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, geometry.total)
+            mmap.mmap(fd, geometry.total).close()
+        except (OSError, OverflowError) as error:
+            os.close(fd)
+            arena_bytes //= 8
+            if arena_bytes < 1 << 20:
+                raise ExecutorError(
+                    f"no shared memory for {geometry.world_size} ranks ({error}); "
+                    "check ulimit -v, ulimit -f and the memory limit"
+                ) from error
+        else:
+            return fd, geometry
+
+
+class Shared:
+    """The mapping, as bytes (``view``) and as words.
+
+    Memory lent out by `lend` and `private` outlives `close`: the mapping goes when the last view into it has gone.
+    """
+
+    def __init__(self, fd: int, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.mapping = mmap.mmap(fd, geometry.total)
+        self.view = memoryview(self.mapping)
+        self.words: Any = self.view.cast("Q")
+        self._lent: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by position: size, and what tells of its end
+
+    def word(self, row: int, rank: int) -> int:
+        """Index of a control word."""
+        return row * self.geometry.row + rank
+
+    def holds(self, start: int, nbytes: int) -> memoryview:
+        """Hold bytes, in a view that `close` leaves alone."""
+        return memoryview(self.mapping)[start : start + nbytes]
+
+    def write_body(self, parts: Sequence[Part], position: int) -> None:
+        """Writes ``parts`` one after the other, from ``position`` on."""
+        view = self.view
+        for part in parts:
+            end = position + len(part)
+            view[position:end] = part
+            position = end
+
+    def lend(self, position: int, nbytes: int, holds: memoryview, hold: int) -> memoryview:
+        """Writable memory of the mapping itself, for the only reader of a block.
+
+        ``holds[hold]`` is cleared when the last view of it is gone. What is followed is the exporter underneath all views: a
+        memoryview on top may go while arrays and tensors over it live on.
+        """
+        exporter = (ctypes.c_char * nbytes).from_buffer(self.mapping, position)
+        self._follow(exporter, position, nbytes, holds, hold)
+        return memoryview(exporter).cast("B")
+
+    def private(self, fd: int, position: int, nbytes: int, holds: memoryview, hold: int) -> memoryview:
+        """A copy-on-write view of a block that others read as well, followed like that of `lend`."""
+        exporter = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, offset=position)
+        self._follow(exporter, position, nbytes, holds, hold)
+        return memoryview(exporter)
+
+    def _follow(self, exporter: Any, position: int, nbytes: int, holds: memoryview, hold: int) -> None:
+        lent = self._lent
+
+        def gone(_: object) -> None:  # may run inside the garbage collector: takes no lock
+            lent.pop(position, None)  # first: once the hold is cleared, the same place may be lent again
+            holds[hold] = 0
+
+        lent[position] = nbytes, weakref.ref(exporter, gone)
+
+    def close(self) -> None:
+        """No more use, by either side: all memory goes, but for what is lent, which goes with its last view."""
+        self.words.release()
+        self.view.release()
+        start = _up(self.geometry.requests, mmap.PAGESIZE)  # holds are written to as long as anything is lent
+        for position, (nbytes, _) in sorted(list(self._lent.items())):
+            self._remove(start, position)
+            start = _up(position + nbytes, mmap.PAGESIZE)
+        self._remove(start, self.geometry.total)
+
+    def _remove(self, start: int, end: int) -> None:
+        if end > start:
+            self.mapping.madvise(mmap.MADV_REMOVE, start, end - start)
+
+
+_MAP_NORESERVE = 0x4000  # else a large private mapping counts as if all of it were going to be written
