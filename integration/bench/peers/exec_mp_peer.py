@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import Future
 from typing import Any, ClassVar
@@ -18,17 +19,23 @@ class BenchWorker(exec_core.Worker):
     def __init__(self, context: exec_core.WorkerContext) -> None:
         super().__init__(context)
         work = Work()
-        self.noop, self.take, self.give, self.checksum = work.noop, work.take, work.give, work.checksum
-        self._step = work.step
+        self.noop, self.take, self.give = work.noop, work.take, work.give
+        self.echo, self.checksum, self._step = work.echo, work.checksum, work.step
+        self.built_at = time.monotonic()
+
+    def built(self) -> float:
+        """When it was, on the clock that all processes share."""
+        return self.built_at
 
     def execute_model(self, request: tuple[float, object]) -> None:
         """A step."""
         self._step(*request)
 
 
-def config(n: int, backend: str) -> exec_core.ExecutorConfig:
+def config(n: int, backend: str = "mp", rpc: exec_core.RpcConfig | None = None) -> exec_core.ExecutorConfig:
     """Default settings, on CPU; only warnings are logged."""
     return exec_core.ExecutorConfig(
+        rpc=rpc or exec_core.RpcConfig(),
         worker_cls=BenchWorker,
         backend=backend,
         parallel=exec_core.ParallelConfig(tensor_parallel_size=n),

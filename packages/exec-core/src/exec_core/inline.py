@@ -27,6 +27,9 @@ from exec_core.worker import as_async_output
 from exec_core.wrapper import WorkerWrapper, select_device, settle
 
 
+_SERVING = "exec-inline"  # name of the thread that runs jobs without a blocking caller
+
+
 @attrs.define(eq=False)
 class Job:
     """One request in the queue.
@@ -35,6 +38,7 @@ class Job:
         start: asked before it runs; False drops it (a cancelled future).
         done: takes the reply, for a job that the thread runs; None while a blocking caller owns it.
         turn: set when it is the caller's turn, or when the job was dropped; made only when the caller has to wait.
+        replies: gets the reply of a blocking call that our own thread makes, in a callback.
     """
 
     request: Request
@@ -42,6 +46,7 @@ class Job:
     done: Callable[[Reply], None] | None = None
     turn: threading.Event | None = None
     dropped: bool = False
+    replies: list[Reply] | None = None
 
 
 class InlineWorker:
@@ -60,10 +65,9 @@ class InlineWorker:
         self._unsettled: queue.SimpleQueue[tuple[Job, Reply] | None] = queue.SimpleQueue()
 
     @property
-    def current(self) -> tuple[str, float] | None:
-        """The method running now, and since when on the monotonic clock."""
-        current = self._current
-        return None if current is None else (current[0].name, current[1])
+    def current(self) -> tuple[Request, float] | None:
+        """What runs now, and since when on the monotonic clock."""
+        return self._current
 
     def check_not_inside(self, request: Request) -> None:
         """Refuses a blocking call from inside a worker method, which would wait for itself."""
@@ -79,12 +83,15 @@ class InlineWorker:
     ) -> Job:
         """Takes the next place in the queue. With ``done`` our thread runs it; without, the caller must `run` it."""
         job = Job(request, start, done)
+        if done is None and self._is_serving():
+            job.replies = []
+            job.done = done = job.replies.append
         with self._lock:
             if self._closed:
                 job.dropped = True
                 return job
             if done is not None:
-                self._start_thread("exec-inline", self._serve)
+                self._start_thread(_SERVING, self._serve)
             if self._busy:
                 job.turn = threading.Event() if done is None else None
                 self._waiting.append(job)
@@ -112,6 +119,8 @@ class InlineWorker:
         If that is not before ``deadline``, it is left to our thread, which gives the reply to ``late``, and None is returned:
         the other ranks run it as well, so it cannot be skipped. None too when the worker was closed first.
         """
+        if job.replies is not None:
+            return self._serve_until(job, job.replies)
         turn = job.turn
         if turn is not None:
             remaining = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
@@ -131,7 +140,7 @@ class InlineWorker:
             if job not in self._waiting:
                 return False  # its turn came meanwhile
             job.turn, job.done = None, late
-            self._start_thread("exec-inline", self._serve)
+            self._start_thread(_SERVING, self._serve)
             return True
 
     def _execute(self, request: Request) -> Reply:
@@ -179,18 +188,35 @@ class InlineWorker:
     def _serve(self) -> None:
         select_device(self._wrapper.context)
         while (job := self._turns.get()) is not None:
-            reply = None
-            if job.start is None or job.start():
-                reply = self._execute(job.request)
-            self._hand_on()
-            if reply is None or job.done is None:
-                continue
-            if as_async_output(reply.value) is not None:
-                with self._lock:
-                    self._start_thread("exec-inline-output", self._settle_outputs)
-                self._unsettled.put((job, reply))
+            self._serve_one(job)
+
+    def _serve_one(self, job: Job) -> None:
+        reply = None
+        if job.start is None or job.start():
+            reply = self._execute(job.request)
+        self._hand_on()
+        if reply is None or job.done is None:
+            return
+        if job.replies is None and as_async_output(reply.value) is not None:
+            with self._lock:
+                self._start_thread("exec-inline-output", self._settle_outputs)
+            self._unsettled.put((job, reply))
+        else:
+            job.done(self._settled(job.request, reply))
+
+    def _is_serving(self) -> bool:
+        return any(t is threading.current_thread() and t.name == _SERVING for t in self._threads)
+
+    def _serve_until(self, job: Job, replies: list[Reply]) -> Reply | None:
+        """A callback on our thread makes a blocking call: the jobs before it are this thread's to run, too."""
+        while not replies and not job.dropped:
+            turn = self._turns.get()
+            if turn is None:  # closing
+                self._turns.put(None)
+                job.dropped = True
             else:
-                job.done(self._settled(job.request, reply))
+                self._serve_one(turn)
+        return replies[0] if replies else None
 
     def _settle_outputs(self) -> None:
         select_device(self._wrapper.context)

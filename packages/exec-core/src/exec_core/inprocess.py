@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -19,7 +20,7 @@ from exec_core.context import WorkerInit
 from exec_core.errors import ExecutorBusyError, ExecutorClosedError, RpcTimeoutError
 from exec_core.group import WorkerInfo
 from exec_core.inline import Deadlines, InlineWorker
-from exec_core.messages import Failure, Reply
+from exec_core.messages import Failure, Reply, Request
 from exec_core.wrapper import WorkerWrapper
 
 
@@ -41,6 +42,7 @@ class InProcessGroup:
         self._room = room
         self._lock = threading.Lock()  # guards _pending
         self._pending: dict[Future[Any], Call] = {}
+        self._late: deque[Request] = deque(maxlen=init.config.max_in_flight)  # given up by their callers
         self._deadlines = Deadlines(self._expire)
         self._wrapper = WorkerWrapper(init.rank, lambda *reported: progress(init.rank, *reported))
         self._wrapper.update_environment_variables(init.config.env_of_rank(init.rank))
@@ -127,6 +129,7 @@ class InProcessGroup:
     def _expire(self, future: Future[Any]) -> None:
         call = self._pending.get(future)
         if call is not None and self._forget(future):
+            self._late.append(call.request)
             self._end(future, RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks))
 
     @staticmethod
@@ -138,7 +141,9 @@ class InProcessGroup:
         current = self._inline.current
         if current is None:
             return [WorkerInfo(self._rank, os.getpid(), "idle")]
-        return [WorkerInfo(self._rank, os.getpid(), "busy", current[0], time.monotonic() - current[1])]
+        request, since = current
+        late = any(request is given_up for given_up in self._late)
+        return [WorkerInfo(self._rank, os.getpid(), "busy", request.name, time.monotonic() - since, late)]
 
     def close(self, error: BaseException, deadline: float) -> None:
         self._inline.drop_waiting()

@@ -15,7 +15,7 @@ from exec_core.errors import ExecutorError
 
 BLOCKS = 256  # in use at a time, per arena
 _PAGE = mmap.PAGESIZE
-_KEEP_BYTES = 128 << 20  # pages below this stay after use: faulting them in again costs 40 times the copy
+_KEEP_BYTES = 256 << 20  # pages below this stay after use: faulting them in again costs 40 times the copy
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: fails with an error where touching the page would kill the process
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 from exec_core.calls import Call
 from exec_core.errors import RpcTimeoutError
-from exec_core.messages import Failure, first_failure
+from exec_core.messages import Failure, Request, first_failure
 
 DEATH_GRACE_S = 0.02  # an error reply waits so long for a death: a victim's peers often complain before it is reported
 
@@ -130,6 +130,10 @@ class Calls:
         """Whether the caller of a call still in flight has given up on it."""
         entry = self._open.get(call_id)
         return entry is not None and entry.finished
+
+    def is_late_request(self, request: Request) -> bool:
+        """`is_late`, for the request that rank 0 runs in this process."""
+        return any(entry.finished and entry.call.request is request for entry in self._open.values())
 
     def value(self, rank: int, call_id: int, value: Any) -> tuple[Entry | None, bool]:
         """``rank`` has run the call. The entry if this finishes it, and whether the reply came too late for anyone."""

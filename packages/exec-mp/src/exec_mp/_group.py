@@ -293,7 +293,8 @@ class ProcessGroup:
         pid = self._pids[rank]
         if self._inline is not None and rank == 0:
             current = self._inline.current
-            busy = (current[0], time.monotonic() - current[1], False) if current else None
+            late = current is not None and self._calls.is_late_request(current[0])
+            busy = (current[0].name, time.monotonic() - current[1], late) if current else None
         elif rank not in self._alive or self._closed:
             return WorkerInfo(rank, pid, "dead")
         else:

@@ -76,6 +76,9 @@ class Receiver:
     def wait(self, entry: Entry) -> None:
         """Returns when ``entry`` is finished."""
         if self.is_current_thread():  # a callback that calls: this thread must go on watching
+            with self._lock:
+                if self._leader is None:
+                    self._arm(on=True)
             while not entry.finished:
                 self.turn(entry.due)
                 if entry.is_due(time.monotonic()):

@@ -1,0 +1,189 @@
+"""How the ranks of a replica meet: its first rank is the hub, the others are connected to it.
+
+    Member.exchange(word) --frame--> Hub (Rounds decides) --verdict--> every rank
+
+The hub answers at any time, also while its own rank is elsewhere: a thread waits for frames and for what is due. While the
+hub's rank is in an exchange itself, it serves in its own thread and the thread's wait is disarmed: handing every frame from
+thread to thread would double the time of a call.
+
+Guarantees: every exchange of a turn ends with the same verdict on every rank; a rank whose process ends is noticed at once,
+since the kernel closes its connection.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from exec_torchrun._frames import Connection, Frame, Kind
+from exec_torchrun._rounds import DESCRIBE_S, Outgoing, Rounds
+
+_SILENCE_S = 10.0  # how much later than due a verdict may come before the hub's machine counts as gone
+
+Describe = Callable[[], str]
+
+
+class Link(Protocol):
+    """One rank's end."""
+
+    def exchange(self, word: Frame, describe: Describe = str) -> Frame:
+        """Says ``word`` and returns the verdict of its turn, or DIED.
+
+        Args:
+            describe: the call in words, for when the calls of the ranks differ.
+        """
+
+    def leave(self, turn: int, deadline: float) -> Frame | None:
+        """Says that this rank shuts down. The verdict, or None when the others did not come by ``deadline``. Then `close`."""
+
+    def close(self) -> None:
+        """Ends the connections. Twice is fine."""
+
+
+class Member:
+    """The end of a rank that is not the hub."""
+
+    def __init__(self, index: int, connection: Connection, hub_pid: int) -> None:
+        self._index = index
+        self._connection = connection
+        self._hub_gone = Frame(Kind.DIED, 0, ((0, str(hub_pid).encode()),))
+
+    def exchange(self, word: Frame, describe: Describe = str) -> Frame:
+        patience_s = min(word.limit_s, word.wait_s) + DESCRIBE_S + _SILENCE_S
+        self._connection.send(word)
+        return self._verdict(word.turn, time.monotonic() + patience_s, describe) or self._hub_gone
+
+    def leave(self, turn: int, deadline: float) -> Frame | None:
+        self._connection.send(Frame(Kind.LEAVE, turn))
+        verdict = self._verdict(turn, deadline, str)
+        return self._hub_gone if verdict is None and self._connection.ended else verdict
+
+    def _verdict(self, turn: int, deadline: float, describe: Describe) -> Frame | None:
+        while (frame := self._connection.receive(deadline)) is not None:
+            if frame.kind is Kind.DIED or (frame.turn == turn and frame.kind is not Kind.DESCRIBE):
+                return frame
+            if frame.turn == turn:
+                self._connection.send(Frame(Kind.TEXT, turn, ((self._index, describe().encode()),)))
+        return None
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Hub:
+    """The end of the replica's first rank, which decides for all.
+
+    ``_rounds``, ``_inbox`` and ``_inner`` belong to whoever holds ``_serving``: the thread, or the rank while it exchanges.
+    ``_outer`` watches ``_inner`` for the thread; its mask is cleared while the rank serves.
+    """
+
+    def __init__(self, members: Mapping[int, Connection], pids: Mapping[int, int]) -> None:
+        self._members = dict(members)
+        self._pids = dict(pids)
+        self._rounds = Rounds(len(members) + 1)
+        self._inbox: list[Frame] = []  # verdicts for our own rank
+        self._serving = threading.Lock()
+        self._closed = False  # written under _serving
+        self._inner, self._outer = select.epoll(), select.epoll()
+        self._by_fd = {connection.sock.fileno(): index for index, connection in members.items()}
+        for fd in self._by_fd:
+            self._inner.register(fd, select.EPOLLIN)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._outer.register(self._wake, select.EPOLLIN)
+        self._outer.register(self._inner.fileno(), select.EPOLLIN)
+        self._thread = threading.Thread(target=self._attend, name="exec-torchrun-hub", daemon=True)
+        self._thread.start()
+
+    def exchange(self, word: Frame, describe: Describe = str) -> Frame:
+        verdict = self._meet(word, math.inf, describe)
+        assert verdict is not None  # it is waited for without a limit: the rounds have one
+        return verdict
+
+    def leave(self, turn: int, deadline: float) -> Frame | None:
+        verdict = self._meet(Frame(Kind.LEAVE, turn), deadline, str)
+        if verdict is None:
+            with self._serving:
+                self._deliver(self._rounds.leave())
+        return verdict
+
+    def _meet(self, word: Frame, deadline: float, describe: Describe) -> Frame | None:
+        with self._serving:
+            self._outer.modify(self._inner.fileno(), 0)
+            try:
+                self._deliver(self._rounds.arrive(0, word, time.monotonic()))
+                while (verdict := self._verdict(word.turn, describe)) is None:
+                    until = min(deadline, self._rounds.due)
+                    self._serve(until)
+                    if time.monotonic() >= deadline:
+                        return None
+                return verdict
+            finally:
+                self._outer.modify(self._inner.fileno(), select.EPOLLIN)
+                os.eventfd_write(self._wake, 1)  # what is due may have changed
+
+    def _verdict(self, turn: int, describe: Describe) -> Frame | None:
+        while self._inbox:
+            frame = self._inbox.pop(0)
+            if frame.kind is Kind.DIED or (frame.turn == turn and frame.kind is not Kind.DESCRIBE):
+                return frame
+            if frame.turn == turn:
+                text = Frame(Kind.TEXT, turn, ((0, describe().encode()),))
+                self._deliver(self._rounds.arrive(0, text, time.monotonic()))
+        return None
+
+    def _attend(self) -> None:
+        """The thread: serves while our rank does not."""
+        while True:
+            due = self._rounds.due
+            self._outer.poll(None if due == math.inf else max(0.0, due - time.monotonic()))
+            with self._serving:
+                if self._closed:
+                    return
+                try:
+                    os.eventfd_read(self._wake)
+                except BlockingIOError:
+                    pass
+                self._serve(0.0)
+
+    def _serve(self, until: float) -> None:
+        """Takes what has come, waiting until then for something to come, and says what is due."""
+        timeout = -1.0 if until == math.inf else max(0.0, until - time.monotonic())
+        for fd, _ in self._inner.poll(timeout):
+            index = self._by_fd[fd]
+            connection = self._members[index]
+            connection.fill(socket.MSG_DONTWAIT)
+            while (frame := connection.pop()) is not None:
+                self._deliver(self._rounds.arrive(index, frame, time.monotonic()))
+            if connection.ended:
+                self._lose(index)
+        self._deliver(self._rounds.expire(time.monotonic()))
+
+    def _deliver(self, outgoing: Outgoing) -> None:
+        for index, frame in outgoing:
+            if index == 0:
+                self._inbox.append(frame)
+            elif not self._members[index].ended:
+                self._members[index].send(frame)
+
+    def _lose(self, index: int) -> None:
+        self._inner.unregister(self._members[index].sock.fileno())
+        self._deliver(self._rounds.gone(index, self._pids[index]))
+
+    def close(self) -> None:
+        with self._serving:
+            if self._closed:
+                return
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        for connection in self._members.values():
+            connection.close()
+        self._inner.close()
+        self._outer.close()
+        os.close(self._wake)

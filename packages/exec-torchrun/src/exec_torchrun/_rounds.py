@@ -1,0 +1,173 @@
+"""The hub's decisions, without any I/O: what has come from which rank, and so what every rank is told.
+
+The ranks of a replica meet in turns. In each turn every rank says one word and all get the same verdict, in one order, so that
+all go on alike:
+
+    begin   BEGIN of every rank, same call                -> GO
+            BEGIN of different calls, or none in time     -> DESCRIBE to those present, then DIVERGED
+            LEAVE of every rank                           -> BYE
+    end     END of every rank                             -> DONE
+            ERROR of some, and the rest has come as well  -> FAILED
+            ERROR of some, the rest stays away            -> FAILED, naming who has not come out of the call
+    either  the call's time is over                       -> TIMEOUT
+            a rank is gone                                -> DIED, from then on
+
+A rank that was late finds its verdict waiting: words of a turn that is over are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+
+from exec_torchrun._frames import Frame, Kind, Part
+
+ERROR_GRACE_S = 2.0  # how long a rank may stay in a call that has failed elsewhere
+DESCRIBE_S = 1.0  # how long a rank may take to describe its call
+
+Outgoing = list[tuple[int, Frame]]
+
+
+class Rounds:
+    """What the hub of ``size`` ranks knows. Its methods return the frames to send, each with its rank."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.turn = 0
+        self._words: dict[int, Frame] = {}  # of this turn
+        self._texts: dict[int, bytes] | None = None  # what each rank's call is, once they are known to differ
+        self._over = math.inf  # when the time of a call of this turn is over
+        self._apart = math.inf  # when the ranks that are not here count as diverged, or as stuck
+        self._absent_are_late = False
+        self._inside: set[int] = set()  # ranks that were told GO and have said nothing since
+        self._last_call = [b"none"] * size
+        self._dead: Frame | None = None
+
+    @property
+    def due(self) -> float:
+        """When `expire` will have something to say."""
+        return min(self._over, self._apart)
+
+    def arrive(self, rank: int, frame: Frame, now: float) -> Outgoing:
+        """``frame`` has come from ``rank``."""
+        if self._dead is not None:
+            return [(rank, self._dead)]
+        if frame.kind is Kind.TEXT:
+            if self._texts is None or frame.turn != self.turn:
+                return []
+            self._texts[rank] = frame.parts[0][1]
+            return self._diverged_if_known()
+        self._inside.discard(rank)
+        if frame.turn < self.turn:
+            return []
+        self._words[rank] = frame
+        self._over = min(self._over, now + frame.limit_s)
+        if frame.kind is Kind.BEGIN:
+            self._last_call[rank] = frame.parts[0][1]
+            if not self._inside:  # else it is known what keeps them, and only the call's own time counts
+                self._apart = min(self._apart, now + frame.wait_s)
+        elif frame.kind is Kind.ERROR:
+            self._apart = min(self._apart, now + ERROR_GRACE_S)
+        return self._settle_end() if self._is_end() else self._settle_begin(rank, now)
+
+    def gone(self, rank: int, pid: int) -> Outgoing:
+        """The connection to ``rank`` has ended."""
+        word = self._words.get(rank)
+        if self._dead is not None or (word is not None and word.kind is Kind.LEAVE):
+            return []
+        return self._die(rank, pid)
+
+    def expire(self, now: float) -> Outgoing:
+        """It is ``now``."""
+        if now < self.due:
+            return []
+        if self._texts is not None:
+            return self._verdict(Kind.DIVERGED, self._described())
+        if self._is_end():
+            return self._fail() if self._of(Kind.ERROR) else self._time_out()
+        if now >= self._over:
+            return self._time_out()
+        self._absent_are_late = True
+        return self._ask(list(self._words), now)
+
+    def leave(self) -> Outgoing:
+        """The hub goes now: whoever has not left is told so."""
+        return [] if self._dead is not None else self._verdict(Kind.DIVERGED, self._described())
+
+    # One of the two ways a turn goes
+
+    def _is_end(self) -> bool:
+        return any(word.kind in {Kind.END, Kind.ERROR} for word in self._words.values())
+
+    def _settle_begin(self, came: int, now: float) -> Outgoing:
+        if self._texts is not None:
+            return self._ask([came], now) or self._diverged_if_known()
+        if len({(word.kind, word.digest) for word in self._words.values()}) > 1:
+            return self._ask(list(self._words), now)
+        if len(self._words) < self._size:
+            return []
+        return self._verdict(Kind.BYE if self._of(Kind.LEAVE) else Kind.GO)
+
+    def _settle_end(self) -> Outgoing:
+        for rank in self._of(Kind.LEAVE):
+            return self._die(rank, 0)  # it shuts down in the middle of a call
+        if len(self._words) < self._size:
+            return []
+        if self._of(Kind.ERROR):
+            return self._fail()
+        return self._verdict(Kind.DONE, tuple(part for _, word in sorted(self._words.items()) for part in word.parts))
+
+    def _ask(self, ranks: list[int], now: float) -> Outgoing:
+        """The calls differ: each rank that is here tells its own, so that the verdict can name them."""
+        if self._texts is None:
+            self._texts = {}
+            self._over = self._apart = now + DESCRIBE_S
+        return [(rank, Frame(Kind.DESCRIBE, self.turn)) for rank in ranks if self._words[rank].kind is Kind.BEGIN]
+
+    def _diverged_if_known(self) -> Outgoing:
+        expected = len(self._words) if self._absent_are_late else self._size
+        if len(self._texts or ()) + len(self._of(Kind.LEAVE)) < expected:
+            return []
+        return self._verdict(Kind.DIVERGED, self._described())
+
+    # Verdicts
+
+    def _described(self) -> tuple[Part, ...]:
+        parts = []
+        for rank in range(self._size):
+            word = self._words.get(rank)
+            if self._texts is not None and rank in self._texts:
+                text = self._texts[rank]
+            elif word is None:
+                text = b"no call, its last was " + self._last_call[rank]
+            else:
+                text = b"shutdown()" if word.kind is Kind.LEAVE else word.parts[0][1]
+            parts.append((rank, text))
+        return tuple(parts)
+
+    def _fail(self) -> Outgoing:
+        errors = [part for word in self._words.values() if word.kind is Kind.ERROR for part in word.parts]
+        return self._verdict(Kind.FAILED, (*errors, *self._absent()))
+
+    def _time_out(self) -> Outgoing:
+        return self._verdict(Kind.TIMEOUT, self._absent())
+
+    def _die(self, rank: int, pid: int) -> Outgoing:
+        self._dead = Frame(Kind.DIED, self.turn, ((rank, str(pid).encode()),))
+        self._over = self._apart = math.inf
+        return [(other, self._dead) for other in range(self._size) if other != rank]
+
+    def _verdict(self, kind: Kind, parts: tuple[Part, ...] = ()) -> Outgoing:
+        verdict = Frame(kind, self.turn, parts)
+        if kind is Kind.GO:
+            self._inside = set(range(self._size))
+        self.turn += 1
+        self._words, self._texts = {}, None
+        self._over = self._apart = math.inf
+        self._absent_are_late = False
+        return [(rank, verdict) for rank in range(self._size)]
+
+    def _of(self, kind: Kind) -> list[int]:
+        return [rank for rank, word in self._words.items() if word.kind is kind]
+
+    def _absent(self) -> tuple[Part, ...]:
+        return tuple((rank, b"") for rank in range(self._size) if rank not in self._words)
