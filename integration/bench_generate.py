@@ -20,7 +20,7 @@ from exec_core import create_executor
 from reference_llm.engine import Engine, GenerationRequest
 from reference_llm.gguf_file import GgufFile, read_gguf
 from reference_llm.hparams import Hparams
-from reference_llm.options import default_model, executor_config, parse
+from reference_llm.options import default_model, executor_config, parse, share_threads
 from reference_llm.steps import Sampling
 from reference_llm.tokenizer import Tokenizer
 
@@ -80,29 +80,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _start(name: str, options: argparse.Namespace, file: GgufFile, stack: ExitStack) -> Generate:
     """Loads what ``name`` stands for, and returns what generates with it."""
-    import torch
-
     print(f"loading {name}", file=sys.stderr, flush=True)
-    torch.set_num_threads(options.threads)  # uniproc, inline ranks and transformers compute in this process
     if name == TRANSFORMERS:
+        import torch
         from oracle import Oracle
 
         oracle = Oracle(file.path, options.device)
 
         def generate(prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+            torch.set_num_threads(options.threads)
             oracle.continue_greedily(prompts, max_tokens)
 
         return generate
     arguments = parse([*CASES[name], "--device", options.device, "--kv-blocks", "256", "-"], "")
     hparams = Hparams.from_gguf(file)
-    config = executor_config(arguments, file, hparams)
-    threads = max(1, options.threads // config.parallel.world_size)
-    arguments.threads = threads
+    arguments.threads = max(1, options.threads // executor_config(arguments, file, hparams).parallel.world_size)
     config = executor_config(arguments, file, hparams)
     engine = Engine(stack.enter_context(create_executor(config)), hparams)
 
     def generate_with_engine(prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        torch.set_num_threads(threads)  # an inline rank has its share of them
+        share_threads(config)
         requests = [
             GenerationRequest(prompt=tuple(prompt), max_tokens=max_tokens, sampling=Sampling()) for prompt in prompts
         ]

@@ -19,7 +19,7 @@ from reference_llm.engine import Engine, Event, GenerationRequest  # noqa: E402
 from reference_llm.errors import CheckpointError  # noqa: E402
 from reference_llm.gguf_file import read_gguf  # noqa: E402
 from reference_llm.hparams import Hparams  # noqa: E402
-from reference_llm.options import default_model, executor_config, parse  # noqa: E402
+from reference_llm.options import default_model, executor_config, parse, share_threads  # noqa: E402
 from reference_llm.output import Answer, JsonOutput, Output, Summary, TextOutput  # noqa: E402
 from reference_llm.progress import ProgressBar  # noqa: E402
 from reference_llm.steps import Sampling  # noqa: E402
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
         )
         for prompt in prompts
     ]
+    share_threads(config)
     bar = ProgressBar(sys.stderr, config.parallel.world_size)
     with create_executor(config, on_progress=None if options.json else bar.update) as executor:
         engine = Engine(executor, hparams)

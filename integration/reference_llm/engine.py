@@ -176,15 +176,15 @@ class _Generation:
 
     def admit(self) -> None:
         """Moves waiting requests, oldest first, into the shortest idle lanes while there are blocks for them."""
-        budget = self.context_length  # prompt tokens in a step: no more than were profiled
         while self.waiting and self.idle:
             index, request = self.waiting[0]
-            longest = min(len(request.prompt) + request.max_tokens, self.context_length, self.capacity)
+            length = len(request.prompt)
+            longest = min(length + request.max_tokens, self.context_length, self.capacity)
             count = -(-longest // self.block_size)
-            if count > len(self.free) or len(request.prompt) > budget:
+            lane = min((self.lanes[number] for number in self.idle), key=len)
+            # A step computes no more tokens than the context has: memory was profiled with that many.
+            if count > len(self.free) or length + sum(len(s.next_tokens) for s in lane) > self.context_length:
                 return
             self.waiting.popleft()
-            budget -= len(request.prompt)
             blocks = tuple(self.free.pop() for _ in range(count))
-            lane = min(self.idle, key=lambda lane: len(self.lanes[lane]))
-            self.lanes[lane].append(_Running(index, request, blocks, longest - len(request.prompt)))
+            lane.append(_Running(index, request, blocks, longest - length))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from exec_core import CacheConfig, DeviceConfig, ExecutorConfig, LogConfig, ParallelConfig
-from exec_core.devices import count_cuda_devices
+from exec_core.devices import count_cuda_devices, threads_per_worker
 from reference_llm.errors import CheckpointError
 from reference_llm.gguf_file import GgufFile
 from reference_llm.hparams import Hparams
@@ -111,3 +112,15 @@ def _sizes(options: argparse.Namespace, hparams: Hparams) -> tuple[int, int]:
     # The most GPUs; among equals, tensor parallelism, which also makes a single answer faster.
     fitting = ((size, min(gpus // size, hparams.num_layers)) for size in hparams.tensor_parallel_sizes if size <= gpus)
     return max(fitting, key=lambda sizes: (sizes[0] * sizes[1], sizes[0]))
+
+
+def share_threads(config: ExecutorConfig) -> None:
+    """Gives this process the CPU threads of one rank, if a rank will run in it.
+
+    Executors leave the settings of their host alone, so this is the program's to do.
+    """
+    if config.backend != "uniproc" and config.parallel.driver_worker != "inline":
+        return
+    import torch  # the driver of worker processes does without
+
+    torch.set_num_threads(threads_per_worker(config.device, config.parallel.world_size, os.environ))

@@ -19,7 +19,7 @@ from oracle import Oracle
 from reference_llm.engine import Engine, GenerationRequest
 from reference_llm.gguf_file import read_gguf
 from reference_llm.hparams import Hparams
-from reference_llm.options import default_model, executor_config, parse
+from reference_llm.options import default_model, executor_config, parse, share_threads
 from tiny_gguf import write_tiny_gguf
 
 
@@ -30,9 +30,10 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fails a test that leaves a process, descriptor, thread or file behind. The fork server stays for the next test."""
     exec_mp.prestart()
+    tmp_path_factory.getbasetemp()  # made now, outside the directory that the check must find empty
     with leak_check():
         yield
 
@@ -74,8 +75,10 @@ def answer(device: str) -> Answer:
     def run(path: str, options: Sequence[str], requests: Sequence[GenerationRequest]) -> list[Outcome]:
         file = read_gguf(path)
         hparams = Hparams.from_gguf(file)
-        config = executor_config(parse(["--device", device, *options, "-"], ""), file, hparams)
+        # One thread: two that wait for each other on cores that others use too take twenty times as long.
+        config = executor_config(parse(["--device", device, "--threads", "1", *options, "-"], ""), file, hparams)
         outcomes = [Outcome() for _ in requests]
+        share_threads(config)
         with create_executor(config) as executor:
             for event in Engine(executor, hparams).generate(requests):
                 outcome = outcomes[event.index]

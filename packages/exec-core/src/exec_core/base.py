@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
 
 from exec_core import logs
 from exec_core.asynchronous import Room, awaited
@@ -41,8 +41,8 @@ class BaseExecutor(abc.ABC):
 
     Args:
         config: what to run.
-        on_progress: ``fn(rank, done, total, what)`` for what workers report by ``context.report_progress``, called on any
-            thread of the driver, one call at a time.
+        on_progress: ``fn(rank, done, total, what)`` for what workers report by ``context.report_progress``, called on
+            any thread of the driver, one call at a time.
 
     Raises:
         ConfigError: for a configuration that this backend cannot run, before anything is started.
@@ -122,7 +122,7 @@ class BaseExecutor(abc.ABC):
             self._start_phase("init_device")
             self._start_phase("load_model", max_concurrent=self._config.parallel.max_parallel_loading_workers)
             if not self._lifecycle.move(State.READY):
-                raise self._lifecycle.doomed or ExecutorClosedError("shut down while it was starting")
+                self._raise_not_ready()
         except BaseException as error:
             self._log.error("executor did not start", error=str(error))
             with self._closing:
@@ -136,10 +136,18 @@ class BaseExecutor(abc.ABC):
             raise
         self._log.info("executor ready", duration_ms=round((time.monotonic() - started) * 1e3, 1))
 
+    def _raise_not_ready(self) -> NoReturn:
+        raise self._lifecycle.doomed or ExecutorClosedError("shut down while it was starting")
+
     def _start_phase(self, phase: str, args: tuple[Any, ...] = (), max_concurrent: int | None = None) -> None:
         timeout_s = self._config.rpc.startup_timeout_s
         call = Call(
-            Request(phase, args), self._all_ranks, (), timeout_s, deadline_after(timeout_s), max_concurrent=max_concurrent
+            Request(phase, args),
+            self._all_ranks,
+            (),
+            timeout_s,
+            deadline_after(timeout_s),
+            max_concurrent=max_concurrent,
         )
         try:
             self._run(call)
@@ -174,8 +182,9 @@ class BaseExecutor(abc.ABC):
             group.close(error, deadline_after(self._config.rpc.shutdown_timeout_s))
 
     def shutdown(self) -> None:
-        """Closes, whatever the state: calls in flight raise `ExecutorClosedError`, workers end. Twice is fine; later calls raise.
+        """Closes, whatever the state: calls in flight raise `ExecutorClosedError`, workers end.
 
+        Twice is fine; later calls raise.
         A second caller returns when the first has finished.
         """
         if os.getpid() != self._lifecycle.pid:  # a forked child has only a copy
@@ -213,10 +222,10 @@ class BaseExecutor(abc.ABC):
         self._reset()
         self._start()
 
-    def _reset(self) -> None:
+    def _reset(self) -> None:  # noqa: B027 # optional: not every subclass keeps anything
         """For subclasses: what they know of the workers of the last generation is void."""
 
-    def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:
+    def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:  # noqa: B027 # likewise
         """For subclasses: raises when ``ranks`` cannot take ``method`` now."""
 
     def register_failure_callback(self, callback: Callable[[BaseException], None]) -> None:
@@ -247,13 +256,15 @@ class BaseExecutor(abc.ABC):
     @overload
     def collective_rpc(
         self, method: str | Callable[..., Any], timeout: float | None = None, args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None, non_block: Literal[False] = False, *, ranks: Sequence[int] | None = None,
+        kwargs: Mapping[str, Any] | None = None, non_block: Literal[False] = False, *,
+        ranks: Sequence[int] | None = None,
         reply_ranks: Sequence[int] | None = None, max_concurrent_workers: int | None = None, aggregate: None = None,
     ) -> list[Any]: ...  # fmt: skip
     @overload
     def collective_rpc(
         self, method: str | Callable[..., Any], timeout: float | None = None, args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None, non_block: Literal[False] = False, *, ranks: Sequence[int] | None = None,
+        kwargs: Mapping[str, Any] | None = None, non_block: Literal[False] = False, *,
+        ranks: Sequence[int] | None = None,
         reply_ranks: Sequence[int] | None = None, max_concurrent_workers: int | None = None,
         aggregate: Callable[[list[Any]], T],
     ) -> T: ...  # fmt: skip
@@ -285,8 +296,8 @@ class BaseExecutor(abc.ABC):
     ) -> Any:
         """Runs ``method`` on the workers and returns their values in rank order.
 
-        It succeeds when every rank that runs it has acknowledged, and fails at once when one has failed, whoever's value
-        was asked for. Calls from many threads reach all ranks in one order.
+        It succeeds when every rank that runs it has acknowledged, and fails at once when one has failed, whoever's
+        value was asked for. Calls from many threads reach all ranks in one order.
 
         Args:
             method: a worker method's name, or a callable that gets the worker first.
@@ -358,10 +369,14 @@ class BaseExecutor(abc.ABC):
         """For backends: passes a worker's progress on."""
         if self._on_progress is not None:
             with self._progress_lock:
-                self._on_progress(rank, done, total, what)
+                try:
+                    self._on_progress(rank, done, total, what)
+                except Exception:  # the caller's, and whoever delivers it has other work to do
+                    self._log.exception("on_progress raised")
 
 
 @atexit.register
-def _shutdown_all() -> None:
+def shutdown_all() -> None:
+    """Shuts down every executor of this process; registered for its exit."""
     for executor in list(_live):
         executor.shutdown()

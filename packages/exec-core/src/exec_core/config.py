@@ -115,8 +115,8 @@ class DeviceConfig:
     """What the ranks run on.
 
     Attributes:
-        device: ``auto`` is cuda when a device is visible, else cpu. ``none``: the worker handles devices, threads, affinity
-            and process groups itself.
+        device: ``auto`` is cuda when a device is visible, else cpu. ``none``: the worker handles devices, threads,
+            affinity and process groups itself.
         device_ids: one per local rank: indices into the visible devices, or UUIDs or MIG names, which are never parsed.
         distributed_backend: None is nccl on cuda and gloo on cpu; ``none``: the workers join no process group.
         threads_per_worker: CPU threads of torch in each worker; None: the cores shared out over the ranks.
@@ -169,7 +169,8 @@ class RpcConfig:
         inline_bytes: messages up to this size travel inside the ring slot.
         max_in_flight: calls sent and not yet acknowledged by all their ranks; None: at least 2 x (stages + 1).
         max_message_bytes: a larger message is refused before anything is sent; None: no limit.
-        start_method: ``forkserver`` forks workers from a process that has ``preload`` imported; ``spawn`` starts fresh interpreters.
+        start_method: ``forkserver`` forks workers from a process that has ``preload`` imported; ``spawn`` starts fresh
+            interpreters.
         preload: modules that the fork server imports. They must not compute or start threads on import.
         max_restarts: how often a failed executor restarts itself.
         stuck_after_s: ``check_health`` raises when a rank has been in one call for longer; None: never.
@@ -181,7 +182,9 @@ class RpcConfig:
     shutdown_timeout_s: float | None = attrs.field(default=3.0, validator=_optional_seconds)
     spin_s: float | Literal["auto"] = attrs.field(
         default="auto",
-        validator=_rule(lambda v: v == "auto" or (_is_number(v) and 0 <= v < math.inf), "must be 'auto' or seconds >= 0"),
+        validator=_rule(
+            lambda v: v == "auto" or (_is_number(v) and 0 <= v < math.inf), "must be 'auto' or seconds >= 0"
+        ),
     )
     inline_bytes: int = attrs.field(default=20 * 1024, validator=_int(256))
     max_in_flight: int | None = attrs.field(default=None, validator=_optional_int(1))
@@ -205,8 +208,8 @@ class LogConfig:
     Attributes:
         format: ``auto`` follows the host's logging configuration, else is console on a terminal and json elsewhere.
         level: lowest level that is written.
-        worker_output: what becomes of the workers' stdout and stderr: ``log`` turns each line into an event, ``inherit`` leaves
-            them the driver's, ``files`` writes one file per rank into ``directory``.
+        worker_output: what becomes of the workers' stdout and stderr: ``log`` turns each line into an event,
+            ``inherit`` leaves them the driver's, ``files`` writes one file per rank into ``directory``.
         directory: for ``files``; made if missing.
     """
 
@@ -250,7 +253,8 @@ class ExecutorConfig:
     worker_kwargs: Mapping[str, Any] = attrs.field(
         factory=dict,
         validator=_rule(
-            lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v), "must be a mapping with string keys"
+            lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
+            "must be a mapping with string keys",
         ),
     )
     backend: str | type[Any] = attrs.field(

@@ -34,7 +34,8 @@ def count_cuda_devices() -> int:
     if done.returncode or not numbers:
         raise DeviceError(
             f"CUDA devices cannot be counted ({done.stderr.strip().splitlines()[-1:] or 'no output'})",
-            requested=1, found=0, hidden_by=_hidden_by(os.environ), remedy="check the driver with nvidia-smi, or device='cpu'",
+            requested=1, found=0, hidden_by=_hidden_by(os.environ),
+            remedy="check the driver with nvidia-smi, or device='cpu'",
         )  # fmt: skip
     return int(numbers[-1])
 
@@ -82,7 +83,9 @@ def place(
     if device.device == "cpu":
         return Placement("cpu")
     if device.device_ids is not None and len(device.device_ids) != local_size:
-        raise ConfigError("DeviceConfig.device_ids", f"must have one id for each of {local_size} ranks", device.device_ids)
+        raise ConfigError(
+            "DeviceConfig.device_ids", f"must have one id for each of {local_size} ranks", device.device_ids
+        )
     found = count()
     if device.device == "auto" and found == 0 and device.device_ids is None:
         return Placement("cpu")
@@ -122,7 +125,8 @@ def _what(parallel: ParallelConfig, local_size: int) -> str:
     if local_size == parallel.tensor_parallel_size:
         return f"tensor_parallel_size={local_size} needs as many CUDA devices on this machine"
     return (
-        f"tensor_parallel_size={parallel.tensor_parallel_size} x pipeline_parallel_size={parallel.pipeline_parallel_size} "
+        f"tensor_parallel_size={parallel.tensor_parallel_size} x "
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size} "
         f"needs {local_size} CUDA devices on this machine"
     )
 
@@ -132,7 +136,7 @@ def _hidden_by(env: Mapping[str, str]) -> str | None:
 
 
 def threads_per_worker(device: DeviceConfig, local_size: int, env: Mapping[str, str]) -> int:
-    """CPU threads of each of ``local_size`` workers: as configured, as OMP_NUM_THREADS says, else the cores shared out."""
+    """CPU threads of each of ``local_size`` workers: as configured, as OMP_NUM_THREADS says, or its share of cores."""
     if device.threads_per_worker is not None:
         return device.threads_per_worker
     omp = env.get("OMP_NUM_THREADS", "")

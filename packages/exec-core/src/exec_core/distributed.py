@@ -1,8 +1,8 @@
 """Process groups of a worker: joining the world, splitting it into tp, pp and dp groups, leaving it again.
 
-One default process group per process is all that torch offers. The one made here is counted: executors of world size 1 in
-the same process share it, each with a group of its own over it, and the last to leave destroys it. A group that the host
-program made is never replaced or destroyed.
+One default process group per process is all that torch offers. The one made here is counted: executors in the same
+process that may share it do, each with groups of its own over it, and the last to leave destroys it. A group that the
+host program made is never replaced or destroyed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Group:
     Attributes:
         ranks: its global ranks, in group order.
         rank: this worker's position in ``ranks``.
-        device_group, cpu_group: `torch.distributed.ProcessGroup` for device and for CPU tensors. On cuda one group carries both
-            NCCL and gloo, on cpu it is gloo's; collectives on either must be issued in the same order on all ranks.
+        device_group, cpu_group: `torch.distributed.ProcessGroup` for device and for CPU tensors. On cuda one group
+            carries both NCCL and gloo, on cpu it is gloo's; collectives on either must be issued in the same order on
+            all ranks.
     """
 
     ranks: tuple[int, ...]
@@ -120,7 +121,7 @@ def join(world: World) -> Membership:
             if world.world_size == 1:
                 _users += ours
                 return _group_of_one(counted=ours)
-            if world.existing == "refuse" or ours:
+            if world.existing == "refuse":
                 raise ConfigError(
                     "the default process group", "must not exist yet in a process that runs a rank of a larger world",
                     f"a group of {dist.get_world_size()}", "use driver_worker='process', or destroy the group first",
@@ -130,7 +131,9 @@ def join(world: World) -> Membership:
                     "the default process group", f"must be rank {world.rank} of {world.world_size}",
                     f"rank {dist.get_rank()} of {dist.get_world_size()}", "match the parallel sizes to the group",
                 )  # fmt: skip
-            return Membership(_split(world), [], counted=False)
+            groups = _split(world)
+            _users += ours
+            return Membership(groups, [groups.tp.cpu_group, groups.pp.cpu_group, groups.dp.cpu_group], counted=ours)
         _init_default(world)
         try:
             groups = _split(world)

@@ -215,7 +215,6 @@ class RpcTimeoutError(ExecutorError, TimeoutError):
             text += f"\nrank {rank}:\n{stack.rstrip()}"
         super().__init__(text)
 
-
     def with_stacks(self, stacks: Mapping[int, str]) -> RpcTimeoutError:
         """The same error with the stacks of the pending ranks."""
         return RpcTimeoutError(self.method, self.timeout_s, self.answered_ranks, self.pending_ranks, stacks, self.why)
@@ -250,12 +249,10 @@ class WorkerError(ExecutorError):
     ) -> None:
         self.rank, self.pid, self.method = rank, pid, method
         self.type_name, self.text, self.traceback = type_name, text, traceback
-        super().__init__(
-            f"rank {rank} (pid {pid}) in {method!r}: {type_name}: {text}" + (f" ({why})" if why else "")
-        )
+        super().__init__(f"rank {rank} (pid {pid}) in {method!r}: {type_name}: {text}" + (f" ({why})" if why else ""))
 
 
-class RemoteTraceback(Exception):
+class RemoteTraceback(Exception):  # noqa: N818 # not an error itself: where one came from
     """The traceback of another process, as text; the ``__cause__`` of an error that came from a worker."""
 
     def __init__(self, text: str) -> None:

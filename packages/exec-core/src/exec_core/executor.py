@@ -17,6 +17,7 @@ from exec_core.messages import method_name
 from exec_core.worker import ReconfigureDistributedRequest
 
 T = TypeVar("T")
+_SLEEPERS = frozenset({"weights", "kv_cache"})  # tags of `Worker.wake_up`
 
 
 class Executor(BaseExecutor):
@@ -32,7 +33,7 @@ class Executor(BaseExecutor):
         super().__init__(config, on_progress=on_progress)
 
     def _reset(self) -> None:
-        self._sleeping = False
+        self._asleep: frozenset[str] = frozenset()  # tags that workers have given up the memory of
         self._loop = ExecutionLoop(self)
 
     def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:
@@ -53,7 +54,8 @@ class Executor(BaseExecutor):
     def execute_model(self, request: Any, non_block: bool = False) -> Any:
         """Runs one step on every rank and returns the value of `output_rank`.
 
-        While the execution loop runs, only the TP drivers are called, and hand the step to their groups; None stops the loop.
+        While the execution loop runs, only the TP drivers are called, and hand the step to their groups; None stops
+        the loop.
         """
         if self._loop.running:
             step = self._loop.step(request)
@@ -95,19 +97,20 @@ class Executor(BaseExecutor):
 
     @property
     def is_sleeping(self) -> bool:
-        return self._sleeping
+        """Whether anything has been put to sleep and not been woken up."""
+        return bool(self._asleep)
 
     def sleep(self, level: int = 1) -> None:
         """Workers give device memory back; see `Worker.sleep`. Already asleep is fine."""
-        if not self._sleeping:
+        if self._asleep != _SLEEPERS:
             self.collective_rpc("sleep", kwargs={"level": level})
-            self._sleeping = True
+            self._asleep = _SLEEPERS
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Workers take device memory again, all of it or ``tags``; see `Worker.wake_up`."""
-        if self._sleeping:
+        if self._asleep:
             self.collective_rpc("wake_up", kwargs={"tags": None if tags is None else list(tags)})
-            self._sleeping = tags is not None
+            self._asleep = frozenset() if tags is None else self._asleep - frozenset(tags)
 
     def save_sharded_state(self, path: str, pattern: str | None = None, max_size: int | None = None) -> None:
         """Every rank writes its weights into directory ``path``; see `Worker.save_sharded_state`."""
@@ -122,13 +125,16 @@ class Executor(BaseExecutor):
         return self.collective_rpc("stop_profile")
 
     def reinitialize_distributed(self, request: ReconfigureDistributedRequest) -> None:
-        """Leaves the world and joins the one that ``request`` describes; the model stays. Or shuts this replica down."""
+        """Leaves the world and joins the one that ``request`` describes; the model stays.
+
+        Or shuts this replica down.
+        """
         self.collective_rpc("reinitialize_distributed", args=(request,))
         if request.shuts_down:
             self.shutdown()
 
     def check_health(self) -> None:
-        """Raises when a rank is dead, is in a call that has timed out, or in one call for longer than ``stuck_after_s``.
+        """Raises when a rank is dead, in a call that has timed out, or in one call for longer than ``stuck_after_s``.
 
         It reads what the ranks say of themselves and never queues behind their work.
 
@@ -145,7 +151,11 @@ class Executor(BaseExecutor):
             longest = max(stuck, key=lambda worker: worker.busy_s)
             why = ", ".join(f"rank {w.rank} (pid {w.pid}) has been in {w.method!r} for {w.busy_s:.1f} s" for w in stuck)
             raise RpcTimeoutError(
-                longest.method or "?", longest.busy_s if limit is None else limit, fine, [w.rank for w in stuck], why=why
+                longest.method or "?",
+                longest.busy_s if limit is None else limit,
+                fine,
+                [w.rank for w in stuck],
+                why=why,
             )
 
     async def execute_model_async(self, request: Any) -> Any:

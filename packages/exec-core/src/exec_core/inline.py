@@ -26,7 +26,6 @@ from exec_core.messages import Reply, Request
 from exec_core.worker import as_async_output
 from exec_core.wrapper import WorkerWrapper, select_device, settle
 
-
 _SERVING = "exec-inline"  # name of the thread that runs jobs without a blocking caller
 
 
@@ -73,7 +72,9 @@ class InlineWorker:
         """Refuses a blocking call from inside a worker method, which would wait for itself."""
         if self._runner is not None and self._runner == threading.get_ident():
             method = request.name
-            raise ExecutorError(f"{method!r} was called from inside a worker method of the same executor: it would never return")
+            raise ExecutorError(
+                f"{method!r} was called from inside a worker method of the same executor: it would never return"
+            )
 
     def enqueue(
         self,
@@ -116,8 +117,8 @@ class InlineWorker:
     def run(self, job: Job, deadline: float, late: Callable[[Reply], None]) -> Reply | None:
         """Runs ``job`` on the calling thread when its turn comes.
 
-        If that is not before ``deadline``, it is left to our thread, which gives the reply to ``late``, and None is returned:
-        the other ranks run it as well, so it cannot be skipped. None too when the worker was closed first.
+        If that is not before ``deadline``, it is left to our thread, which gives the reply to ``late``, and None is
+        returned: the other ranks run it as well, so it cannot be skipped. None too when the worker was closed first.
         """
         if job.replies is not None:
             return self._serve_until(job, job.replies)

@@ -1,11 +1,12 @@
 """A group of one worker that lives in this process: the common part of the backends that start no processes.
 
-    run       the calling thread runs the worker's method, in its turn
-    submit    a thread of our own does; the future's deadline is watched by another
+run       the calling thread runs the worker's method, in its turn
+submit    a thread of our own does; the future's deadline is watched by another
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -20,31 +21,39 @@ from exec_core.context import WorkerInit
 from exec_core.errors import ExecutorBusyError, ExecutorClosedError, RpcTimeoutError
 from exec_core.group import WorkerInfo
 from exec_core.inline import Deadlines, InlineWorker
-from exec_core.messages import Failure, Reply, Request
+from exec_core.messages import Failure, Reply
 from exec_core.wrapper import WorkerWrapper
 
 
 class InProcessGroup:
     """Runs the worker of one rank in the caller's process.
 
-    A method that runs cannot be interrupted: a blocking call past its deadline returns when the method does, with its value.
+    A method that runs cannot be interrupted: a blocking call past its deadline returns when the method does, with its
+    value.
 
     Args:
         init: how to build the worker.
         room: told when a call has ended.
         progress: ``fn(rank, done, total, what)``.
+        wrapper: what runs the worker, where that is not a `WorkerWrapper` of its own.
     """
 
-    def __init__(self, init: WorkerInit, room: Room, progress: Callable[[int, int, int, str], None]) -> None:
+    def __init__(
+        self,
+        init: WorkerInit,
+        room: Room,
+        progress: Callable[[int, int, int, str], None],
+        wrapper: WorkerWrapper | None = None,
+    ) -> None:
         self.inits = [init]
         self._rank = init.rank
         self._limit = init.config.max_in_flight
         self._room = room
         self._lock = threading.Lock()  # guards _pending
         self._pending: dict[Future[Any], Call] = {}
-        self._late: deque[Request] = deque(maxlen=init.config.max_in_flight)  # given up by their callers
+        self._late: deque[Call] = deque()  # given up by their callers, and still to run or running
         self._deadlines = Deadlines(self._expire)
-        self._wrapper = WorkerWrapper(init.rank, lambda *reported: progress(init.rank, *reported))
+        self._wrapper = wrapper or WorkerWrapper(init.rank, lambda *reported: progress(init.rank, *reported))
         self._wrapper.update_environment_variables(init.config.env_of_rank(init.rank))
         self._inline = InlineWorker(self._wrapper)
 
@@ -62,7 +71,9 @@ class InProcessGroup:
         if reply is None:
             if job.dropped:
                 raise ExecutorClosedError("the executor was shut down", call.name)
-            raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why="an earlier call is still running")
+            raise RpcTimeoutError(
+                call.name, call.timeout_s or 0.0, (), call.ranks, why="an earlier call is still running"
+            )
         return self._outcome(call, reply)
 
     def _outcome(self, call: Call, reply: Reply) -> Any:
@@ -78,27 +89,33 @@ class InProcessGroup:
             future.set_result(call.result([]))
             return future
         self._take_place(future, call, wait)
-
-        def done(reply: Reply) -> None:
-            if self._forget(future):
-                try:
-                    value = self._outcome(call, reply)
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(value)
-
-        def start() -> bool:
-            if future not in self._pending:  # timed out while it waited for its turn
-                return True  # it runs all the same, as a sent call does on any backend
-            return future.set_running_or_notify_cancel() or self._drop_cancelled(future)
-
-        job = self._inline.enqueue(call.request, start, done)
+        start = functools.partial(self._start, future)
+        job = self._inline.enqueue(call.request, start, functools.partial(self._done, future, call))
         if job.dropped and self._forget(future):
             raise ExecutorClosedError("the executor was shut down", call.name)
         if call.timeout_s is not None:
             self._deadlines.add(future, call.deadline)
         return future
+
+    def _start(self, future: Future[Any]) -> bool:
+        if future not in self._pending:  # timed out while it waited for its turn
+            return True  # it runs all the same, as a sent call does on any backend
+        if future.set_running_or_notify_cancel():
+            return True
+        self._forget(future)
+        return False
+
+    def _done(self, future: Future[Any], call: Call, reply: Reply) -> None:
+        if call in self._late:
+            self._late.remove(call)
+        if not self._forget(future):
+            return
+        try:
+            value = self._outcome(call, reply)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
 
     def _take_place(self, future: Future[Any], call: Call, wait: bool) -> None:
         while True:
@@ -113,10 +130,6 @@ class InProcessGroup:
                 )
             time.sleep(0.001)
 
-    def _drop_cancelled(self, future: Future[Any]) -> bool:
-        self._forget(future)
-        return False
-
     def _forget(self, future: Future[Any]) -> bool:
         """Whether ``future`` was pending; it is now the caller's to finish."""
         with self._lock:
@@ -129,7 +142,7 @@ class InProcessGroup:
     def _expire(self, future: Future[Any]) -> None:
         call = self._pending.get(future)
         if call is not None and self._forget(future):
-            self._late.append(call.request)
+            self._late.append(call)
             self._end(future, RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks))
 
     @staticmethod
@@ -139,11 +152,13 @@ class InProcessGroup:
 
     def infos(self) -> list[WorkerInfo]:
         current = self._inline.current
+        late = next(iter(self._late), None)  # it may not have its turn yet
+        if current is None and late is not None:
+            current = late.request, late.deadline
         if current is None:
             return [WorkerInfo(self._rank, os.getpid(), "idle")]
         request, since = current
-        late = any(request is given_up for given_up in self._late)
-        return [WorkerInfo(self._rank, os.getpid(), "busy", request.name, time.monotonic() - since, late)]
+        return [WorkerInfo(self._rank, os.getpid(), "busy", request.name, time.monotonic() - since, late is not None)]
 
     def close(self, error: BaseException, deadline: float) -> None:
         self._inline.drop_waiting()
@@ -156,4 +171,6 @@ class InProcessGroup:
         if self._inline.close(deadline):
             self._wrapper.shutdown()
         elif self._wrapper.context is not None:
-            self._wrapper.context.log.warning("a worker method is still running in this process; its worker is not shut down")
+            self._wrapper.context.log.warning(
+                "a worker method is still running in this process; its worker is not shut down"
+            )

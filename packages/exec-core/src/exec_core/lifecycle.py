@@ -1,6 +1,6 @@
 """An executor's lifecycle: one state, moved in one place under one lock, and who is told of a failure.
 
-    STARTING -> READY -> FAILED -> STARTING (restart)          any of them -> CLOSING -> CLOSED
+STARTING -> READY -> FAILED -> STARTING (restart)          any of them -> CLOSING -> CLOSED
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ FailureCallback = Callable[[BaseException], None]
 class Lifecycle:
     """State, failure and generation of one executor.
 
-    Everything is written under ``_lock``, which is never held while calling out. ``state`` may be read without it: a reader
-    acts on what was true a moment ago, and the backend decides again under its own lock.
+    Everything is written under ``_lock``, which is never held while calling out. ``state`` may be read without it: a
+    reader acts on what was true a moment ago, and the backend decides again under its own lock.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,10 @@ class Lifecycle:
             return True
 
     def fail(self, error: BaseException) -> bool:
-        """A worker is gone. True when this made a READY executor FAILED; a start in progress is kept from succeeding."""
+        """A worker is gone.
+
+        True when this made a READY executor FAILED; a start in progress is kept from succeeding.
+        """
         with self._lock:
             if self.state is State.STARTING and self._doomed is None:
                 self._doomed = error
@@ -113,7 +116,7 @@ class Lifecycle:
                 try:
                     callback(error)
                 except Exception:  # the others still have to hear of it
-                    log.error("failure callback raised", exc_info=True)
+                    log.exception("failure callback raised")
             then()
 
         threading.Thread(target=run, name="exec-failure", daemon=True).start()
@@ -123,7 +126,7 @@ _lifecycles: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A forked child of the host has copies of its executors only: they are closed there, so no call has to ask for the pid."""
+    """A forked child of the host has only copies of its executors. Closed, no call of them has to ask for the pid."""
     for lifecycle in list(_lifecycles):
         lifecycle.state = State.CLOSED
 

@@ -1,8 +1,9 @@
 """Logs: structlog events of driver and workers, one JSON object a line or for a person.
 
-In the driver nothing is configured globally: if the host has configured structlog, its configuration takes our events; with
-``format="auto"`` and handlers on the standard root logger, these take them; otherwise they go to ``sys.stderr``. A worker
-process is ours, so there structlog and the standard `logging` are both configured, and a library's records look like ours.
+In the driver nothing is configured globally: if the host has configured structlog, its configuration takes our events;
+with ``format="auto"`` and handlers on the standard root logger, these take them; otherwise they go to ``sys.stderr``.
+A worker process is ours, so there structlog and the standard `logging` are both configured, and a library's records
+look like ours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -137,7 +138,12 @@ def _timestamp(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
 
 def _renderers(fmt: str) -> list[Processor]:
     if fmt in ("json", "relay"):
-        return [_stack_text, structlog.processors.format_exc_info, _in_order, structlog.processors.JSONRenderer(default=repr)]
+        return [
+            _stack_text,
+            structlog.processors.format_exc_info,
+            _in_order,
+            structlog.processors.JSONRenderer(default=repr),
+        ]
     return [_rank_prefix, structlog.dev.ConsoleRenderer(colors=sys.stderr is not None and sys.stderr.isatty())]
 
 

@@ -6,10 +6,10 @@
 Format NONE is an empty body, PICKLE one pickle, SEGMENTS a pickle and the memory of its tensors and arrays beside it
 (see `exec_core.arrays`)::
 
-    [n_segments, n_views, pickle_nbytes][segment nbytes ...][(segment, offset) of each view ...] pickle | segment | segment
+    [n_segments, n_views, pickle_nbytes][segment nbytes ...][(segment, offset) of each view ...] pickle | segment ...
 
-with 8-byte words, and pickle and segments each starting on a multiple of 64 bytes. Pickling follows cloudpickle's rules:
-functions and classes of ``__main__`` travel by value, those of a module by name.
+with 8-byte words, and pickle and segments each starting on a multiple of 64 bytes. Pickling follows cloudpickle's
+rules: functions and classes of ``__main__`` travel by value, those of a module by name.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:
     for nbytes in words[:n_segments]:
         segments.append(memory[position : position + nbytes])
         position += arrays.round_up(nbytes)
-    with arrays.loading(segments, list(zip(words[n_segments::2], words[n_segments + 1 :: 2], strict=True))):
+    with arrays.Loading(segments, list(zip(words[n_segments::2], words[n_segments + 1 :: 2], strict=True))):
         return pickle.loads(pickled)
 
 
@@ -197,8 +197,10 @@ def _parts(value: object, path: str) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}[{i}]", part) for i, part in enumerate(value))
     elif callable(value) and hasattr(value, "__code__"):
         names = value.__code__.co_names
-        yield from ((f"{path}: global {n!r}", value.__globals__[n]) for n in names if n in value.__globals__)  # type: ignore[attr-defined] # a function
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):  # type: ignore[attr-defined] # likewise
+        known: dict[str, object] = getattr(value, "__globals__", {})
+        yield from ((f"{path}: global {name!r}", known[name]) for name in names if name in known)
+        closure = getattr(value, "__closure__", None) or ()
+        for name, cell in zip(value.__code__.co_freevars, closure, strict=False):
             with contextlib.suppress(ValueError):  # an empty cell
                 yield f"{path}: variable {name!r}", cell.cell_contents
     elif not isinstance(value, type):
@@ -221,11 +223,11 @@ def encode_call(request: Request) -> tuple[str, Encoded]:
 def _encode_named(body: tuple[Any, ...], request: Request) -> Encoded:
     try:
         return encode(body)
-    except SerializationError as error:
+    except SerializationError:
         names = ("args", "kwargs", "method")
         for name, part in zip(names, body, strict=False):
             encode(part, f"{request.name}: {name}")  # raises again, with the path from the argument on
-        raise error
+        raise
 
 
 def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool, owned: bool = False) -> Request:

@@ -38,8 +38,8 @@ class ReconfigureDistributedRequest:
 class Worker:
     """Base class of workers: one rank's device, model and cache. Every hook has a default.
 
-    Methods run on the main thread of the worker's process, one at a time, in the order of the calls. A method may return an
-    object with ``get_output()``: the next call then starts at once, and a second thread finishes this one.
+    Methods run on the main thread of the worker's process, one at a time, in the order of the calls. A method may
+    return an object with ``get_output()``: the next call then starts at once, and a second thread finishes this one.
     """
 
     def __init__(self, context: WorkerContext, **worker_kwargs: Any) -> None:
@@ -105,17 +105,19 @@ class Worker:
 
     def start_profile(self) -> None:
         """Starts a torch profile of this rank."""
-        import torch.profiler
+        import torch.autograd.profiler
 
-        self._profile = torch.profiler.profile()
-        self._profile.start()
+        # Not torch.profiler: that imports torch's compiler, which takes seconds and keeps the process group alive.
+        on_cuda = (self.context.device_name or "").startswith("cuda")
+        self._profile = torch.autograd.profiler.profile(use_device="cuda" if on_cuda else None)
+        self._profile.__enter__()
 
     def stop_profile(self) -> str:
         """Ends the profile and returns its table, the most expensive operators first."""
         profile, self._profile = self._profile, None
         if profile is None:
             raise ExecutorError("no profile is running; call start_profile() first")
-        profile.stop()
+        profile.__exit__(None, None, None)
         return str(profile.key_averages().table(sort_by="cpu_time_total", row_limit=30))
 
     _profile: Any = None
@@ -124,7 +126,8 @@ class Worker:
         """Writes this rank's weights into directory ``path``, in files of at most ``max_size`` bytes of tensors.
 
         Args:
-            pattern: file name with ``{rank}`` and ``{part}``; default ``model-rank-{rank}-part-{part}.pt`` (`torch.save`).
+            pattern: file name with ``{rank}`` and ``{part}``; default ``model-rank-{rank}-part-{part}.pt``
+                (`torch.save`).
         """
         import torch
 
@@ -164,4 +167,6 @@ class AsyncOutput(Protocol):
 
 def as_async_output(value: object) -> AsyncOutput | None:
     """``value`` if its class has ``get_output``, else None. The class decides: objects may answer to any name."""
-    return value if callable(getattr(type(value), "get_output", None)) else None  # type: ignore[return-value] # just checked
+    if callable(getattr(type(value), "get_output", None)):
+        return value  # type: ignore[return-value] # just checked
+    return None

@@ -2,7 +2,8 @@
 
     Request -> WorkerWrapper.execute -> the worker's method -> Reply
 
-First environment variables are set (``update_environment_variables``), then come ``init_worker``, ``init_device``, ``load_model``.
+First environment variables are set (``update_environment_variables``), then come ``init_worker``, ``init_device``,
+``load_model``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def resolve_worker_cls(worker_cls: Callable[..., Any] | str) -> Callable[..., An
     """The class, imported if it is given by its path (``package.module:Class`` or ``package.module.Class``).
 
     Raises:
-        ImportError: naming module and attribute.
+        ImportError: naming module and attribute. TypeError: for what is no class or callable.
     """
     if not isinstance(worker_cls, str):
         return worker_cls
@@ -58,7 +59,7 @@ def resolve_worker_cls(worker_cls: Callable[..., Any] | str) -> Callable[..., An
             f"worker_cls {worker_cls!r} cannot be imported: {error}; it must be importable from the driver's sys.path"
         ) from error
     if not callable(found):
-        raise ImportError(f"worker_cls {worker_cls!r} is a {type(found).__name__}, not a class or callable")
+        raise TypeError(f"worker_cls {worker_cls!r} is a {type(found).__name__}, not a class or callable")
     return found  # type: ignore[no-any-return] # checked to be callable
 
 

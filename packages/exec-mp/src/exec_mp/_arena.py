@@ -1,8 +1,8 @@
 """Where large messages lie in the shared mapping: lowest place first, so that pages that exist are used again.
 
-A block stays until every reader has let go of it. For each block and reader there is one *hold* byte in the mapping: the writer
-sets it before it publishes the message, the reader clears it when it has copied the message out or when the last tensor that
-looks into the block is gone. A reader's death drops its holds with its whole group.
+A block stays until every reader has let go of it. For each block and reader there is one *hold* byte in the mapping:
+the writer sets it before it publishes the message, the reader clears it when it has copied the message out or when the
+last tensor that looks into the block is gone. A reader's death drops its holds with its whole group.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     open -> [reply ...] -> finished (value or error) -> closed when every rank has acknowledged
 
 A call that finishes early (a time-out, a failing rank) stays here until the last of its ranks has answered: its late
-replies are recognised and dropped, its place in flight stays taken, and `Calls.late` names who is still inside.
+replies are recognised and dropped, its place in flight stays taken, and `Calls.late` says who is still inside.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ from typing import Any
 import attrs
 from exec_core.calls import Call
 from exec_core.errors import RpcTimeoutError
-from exec_core.messages import Failure, Request, first_failure
+from exec_core.messages import Failure, first_failure
 
 DEATH_GRACE_S = 0.02  # an error reply waits so long for a death: a victim's peers often complain before it is reported
 
@@ -38,6 +39,7 @@ class Entry:
         failures: error replies so far.
         settle_at: when a held-back error is final (monotonic seconds).
         ungated: ranks that may not start yet, in order.
+        sent: gates may be opened.
         finished: ``error`` or ``values`` are final.
         waiter: what wakes the blocking caller, where it waits for another thread.
     """
@@ -51,6 +53,7 @@ class Entry:
     failures: list[Failure] = _NO_FAILURES
     settle_at: float = math.inf
     ungated: list[int] = _NOT_GATED
+    sent: bool = False
     finished: bool = False
     error: BaseException | None = None
     waiter: Any = None
@@ -126,14 +129,9 @@ class Calls:
         entry = self._open.get(call_id)
         return None if entry is None else entry.call.name
 
-    def is_late(self, call_id: int) -> bool:
-        """Whether the caller of a call still in flight has given up on it."""
-        entry = self._open.get(call_id)
-        return entry is not None and entry.finished
-
-    def is_late_request(self, request: Request) -> bool:
-        """`is_late`, for the request that rank 0 runs in this process."""
-        return any(entry.finished and entry.call.request is request for entry in self._open.values())
+    def late(self, rank: int) -> Call | None:
+        """The oldest call that ``rank`` still owes and whose caller has given up on it."""
+        return next((e.call for e in self._open.values() if e.finished and rank in e.pending), None)
 
     def value(self, rank: int, call_id: int, value: Any) -> tuple[Entry | None, bool]:
         """``rank`` has run the call. The entry if this finishes it, and whether the reply came too late for anyone."""
@@ -202,18 +200,18 @@ class Calls:
         return True
 
     def close(self, error: BaseException) -> list[Entry]:
-        """Nothing is opened any more; every unfinished call finishes with ``error``."""
+        """Nothing is opened any more; every unfinished call finishes with an ``error`` of its own: each is raised by itself."""
         self.closed_by = self.closed_by or error
         unfinished = [entry for entry in self._open.values() if not entry.finished]
         for entry in unfinished:
-            self._finish(entry, error)
+            self._finish(entry, copy.copy(error))
         self._open.clear()
         self._gated.clear()
         return unfinished
 
     def grants(self) -> list[tuple[int, Entry]]:
         """Ranks that may now start a gated call. Only the oldest gated call gets any: each rank runs them in order."""
-        if not self._gated:
+        if not self._gated or not self._gated[0].sent:
             return []
         oldest = self._gated[0]
         running = len(oldest.pending) - len(oldest.ungated)

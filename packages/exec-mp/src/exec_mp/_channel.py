@@ -1,4 +1,4 @@
-"""Bytes between the driver and its workers, through shared memory (`exec_mp._layout`), with an eventfd for each to sleep on.
+"""Bytes between the driver and its workers: shared memory (`exec_mp._layout`), and an eventfd for each to sleep on.
 
     driver   DriverChannel.publish ==request ring==> WorkerChannel.next      worker
     driver   DriverChannel.take    <==reply ring==   WorkerChannel.publish   worker (one ring each)
@@ -8,10 +8,11 @@ A message up to ``inline_bytes`` lies in its ring slot, a larger one in a block 
 Who writes what, in which order:
 
 * A writer fills the slot, then stores the message's number plus one, in the slot's first word (requests) or the rank's
-  ``REPLIES`` word: *one aligned 8-byte store* through a memoryview cast to ``Q``, a single instruction in CPython. On x86-64
-  stores become visible in order, so who sees the number sees the message; elsewhere a system call stands between the two
-  (untested). Then it signals the eventfd of who may sleep on it.
-* A reader copies the message out, or holds its block (`exec_mp._arena`), then stores its position; the writer reuses the slot.
+  ``REPLIES`` word: *one aligned 8-byte store* through a memoryview cast to ``Q``, a single instruction in CPython. On
+  x86-64 stores become visible in order, so who sees the number sees the message; elsewhere a system call stands
+  between the two (untested). Then it signals the eventfd of who may sleep on it.
+* A reader copies the message out, or holds its block (`exec_mp._arena`), then stores its position; the writer reuses
+  the slot.
 * A writer killed between the two stores leaves a slot without its number: the message was never sent.
 """
 
@@ -27,7 +28,6 @@ from typing import NamedTuple
 
 from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded, Format
-
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
 from exec_mp._layout import REPLY_HEAD, REQUEST_WORDS, Geometry, Shared, fence, reserve
@@ -118,9 +118,13 @@ class DriverChannel:
         if len(ranks) == 1:
             flags |= _ONE_READER
         slot = geometry.requests + number % slots * geometry.request_slot
-        _REQUEST.pack_into(self._view, slot + 8, call_id, flags, len(encoded_name), nbytes, body.format, position, block)
+        _REQUEST.pack_into(
+            self._view, slot + 8, call_id, flags, len(encoded_name), nbytes, body.format, position, block
+        )
         word = slot // 8
-        self._words[word + REQUEST_WORDS : word + REQUEST_WORDS + 2 * geometry.mask_words] = self._mask(ranks, reply_ranks)
+        self._words[word + REQUEST_WORDS : word + REQUEST_WORDS + 2 * geometry.mask_words] = self._mask(
+            ranks, reply_ranks
+        )
         start = slot + geometry.request_head
         end = start + len(encoded_name)
         self._view[start:end] = encoded_name

@@ -1,13 +1,12 @@
-"""The fork server: a process that imports torch once and forks workers that have it.
-
-    driver --Open + socket--> server                       one session for each group of workers
-    driver <=Fork, Signal / Opened, Forked, Refused, Exited=> server   over that session's socket
+"""The fork server: a process that imports torch once and forks workers that have it (see `exec_mp._protocol`).
 
 Guarantees:
 
 * It owns its workers. When a session's socket closes, that session's workers and their process groups are killed and its
   private directory is swept; when the driver ends (its pidfd says so, or the main socket closes), so are all, and the server
   ends. EOF alone would not do: a forked child of the driver keeps the sockets open.
+* What a worker has started outside of its process group becomes the server's child when the worker ends, and is killed once
+  no worker is left.
 * When the server itself is killed, the kernel kills the workers (PR_SET_PDEATHSIG).
 
 It assumes that it has one thread whenever it forks, and checks: a preloaded module that computes or starts threads would leave
@@ -27,82 +26,22 @@ import shutil
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)  # loaded here: a child should not have to
+from exec_mp import _proc
+from exec_mp._boot import be_worker
+from exec_mp._protocol import MAX_BYTES, MAX_FDS, STACK_SIGNAL, Exited, Fork, Forked, Open, Opened, Refused, Signal
 
-MAX_BYTES = 1 << 16  # of a record; whatever may be larger travels in a memfd
-MAX_FDS = 16
-FIRST_FD = 3  # a worker finds the descriptors of its `Fork` here, in order, after stdin, stdout and stderr
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None)
 
-
-class Open(NamedTuple):
-    """Starts a session; the socket for it comes along."""
-
-    preload: tuple[str, ...]
-    sys_path: list[str]
-    private_root: str
-
-
-class Opened(NamedTuple):
-    """The session is open, the modules are imported."""
-
-
-class Refused(NamedTuple):
-    """What was asked for last has failed."""
-
-    why: str
-
-
-class Fork(NamedTuple):
-    """Start a worker. Descriptors along with it: its boot record (a memfd), stdout, stderr, then those it finds from `FIRST_FD` on.
-
-    ``execs`` runs a fresh interpreter in it.
-    """
-
-    rank: int
-    execs: bool
-
-
-class Forked(NamedTuple):
-    """The worker runs."""
-
-    rank: int
-    pid: int
-
-
-class Signal(NamedTuple):
-    """Send a signal to one rank's process, or, without a rank, to the process groups of all workers of the session."""
-
-    number: int
-    rank: int | None
-
-
-class Exited(NamedTuple):
-    """A worker has ended; ``code`` is the exit code, or ``-signal``."""
-
-    rank: int
-    pid: int
-    code: int
-
-
-class Boot(NamedTuple):
-    """What a new process takes over from the driver's present state, and what it then runs.
-
-    Attributes:
-        entry: ``module:function`` called with ``args``.
-    """
-
-    environ: dict[str, str]
-    sys_path: list[str]
-    cwd: str | None
-    umask: int
-    affinity: frozenset[int]
-    entry: str
-    args: tuple[Any, ...]
+_SWEEP_MS = 10_000  # how often zombies that nobody reports are looked for
+_ORPHANS_S = 1.0  # for killed orphans to end; one stuck in the kernel must not stop the server
+_THREAD_EXIT_S = 0.1  # a thread that was joined still counts for a moment
 
 
 class _Child(NamedTuple):
@@ -116,9 +55,13 @@ class _Session:
         self.sock, self.private_root = sock, private_root
         self.children: dict[int, _Child] = {}  # by pidfd
 
-    def tell(self, record: tuple[Any, ...]) -> None:
+    def tell(self, record: tuple[Any, ...], fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(OSError):  # a driver that is gone is noticed by the poll
-            self.sock.send(pickle.dumps(record))
+            socket.send_fds(self.sock, [pickle.dumps(record)], fds)
+
+    def kill(self) -> None:
+        for child in self.children.values():
+            _kill(child.pid, signal.SIGKILL)
 
 
 class _Server:
@@ -133,13 +76,19 @@ class _Server:
         """Until the driver ends or closes the main socket."""
         try:
             while self._turn():
-                continue
+                _reap_zombies({child.pid for session in self._sessions.values() for child in session.children.values()})
         finally:
-            for session in list(self._sessions.values()):
-                self._end(session)
+            self.end()
+
+    def end(self) -> None:
+        """Kills all workers first, then waits for them: together they end sooner than one after the other."""
+        for session in self._sessions.values():
+            session.kill()
+        for session in list(self._sessions.values()):
+            self._end(session)
 
     def _turn(self) -> bool:
-        for fd, _ in self._poll.poll():
+        for fd, _ in self._poll.poll(_SWEEP_MS):
             if fd == self._driver:
                 return False
             if fd == self._main.fileno():
@@ -155,16 +104,49 @@ class _Server:
         data, fds, _, _ = socket.recv_fds(self._main, MAX_BYTES, MAX_FDS)
         if not data:
             return False
+        if not fds:  # no descriptor left for it: its sender sees the other end close
+            return True
         asked: Open = pickle.loads(data)
         session = _Session(socket.socket(fileno=fds[0]), asked.private_root)
         self._sessions[fds[0]] = session
         self._poll.register(fds[0], select.POLLIN)
-        session.tell(_preload(asked.preload, asked.sys_path))
+        with contextlib.nullcontext() if sys.modules.keys() >= {*asked.preload} else self._watched():
+            session.tell(_preload(asked.preload, asked.sys_path))
         return True
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Looks after the driver on a thread while an import, of seconds perhaps, keeps this one from it."""
+        imported = os.eventfd(0, os.EFD_CLOEXEC)
+
+        def watch() -> None:
+            poll = select.poll()
+            poll.register(self._main, select.POLLRDHUP)
+            for fd in (self._driver, imported):
+                poll.register(fd, select.POLLIN)
+            if all(fd != imported for fd, _ in poll.poll()):
+                self.end()
+                os._exit(0)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # a limit on threads: then the driver's end is noticed after the import
+            yield
+        else:
+            try:
+                yield
+            finally:
+                os.eventfd_write(imported, 1)
+                thread.join()
+        finally:
+            os.close(imported)
 
     def _request(self, session: _Session) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(session.sock, MAX_BYTES, MAX_FDS)
+            data, fds, _, _ = socket.recv_fds(session.sock, MAX_BYTES, MAX_FDS, socket.MSG_DONTWAIT)
+        except BlockingIOError:  # its descriptor's number was another's when the poll returned
+            return
         except ConnectionError:
             data, fds = b"", []
         if not data:
@@ -173,54 +155,92 @@ class _Server:
         asked = pickle.loads(data)
         if isinstance(asked, Signal):
             for child in session.children.values():
-                if asked.rank is None:
-                    _kill(child.pid, asked.number)
-                elif asked.rank == child.rank:
-                    os.kill(child.pid, asked.number)
+                _kill(child.pid, asked.number)
         else:
             try:
-                session.tell(self._fork(session, asked, fds))
+                self._fork(session, asked, fds)
             except OSError as error:
-                session.tell(Refused(f"fork failed: {error.strerror} (a limit on processes or memory?)"))
+                session.tell(Refused(f"fork failed: {error.strerror} (a limit on processes, memory or open files?)"))
         for fd in fds:
             os.close(fd)
 
-    def _fork(self, session: _Session, asked: Fork, fds: Sequence[int]) -> Forked | Refused:
-        threads = len(os.listdir("/proc/self/task"))
-        if threads > 1 and not asked.execs:
-            return Refused(
+    def _fork(self, session: _Session, asked: Fork, fds: Sequence[int]) -> None:
+        if len(fds) != asked.descriptors:
+            session.tell(Refused(f"{len(fds)} of {asked.descriptors} descriptors arrived: raise the limit on open files (ulimit -n)"))
+            return
+        if not asked.execs and (threads := _threads()) > 1:
+            session.tell(Refused(
                 f"the fork server has {threads} threads, so a fork of it could hang; a module in RpcConfig.preload starts threads "
                 "or computes when it is imported: take it out, or use start_method='spawn'"
-            )
+            ))  # fmt: skip
+            return
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _be_worker(server, asked, fds)
+            be_worker(server, asked.execs, fds)
         with contextlib.suppress(OSError):  # the child has done it itself, and may be past an exec
             os.setpgid(pid, pid)
-        # Opened before anybody reaps, so it can only be this process.
-        child = _Child(asked.rank, pid, os.pidfd_open(pid))
+        try:
+            child = _Child(asked.rank, pid, os.pidfd_open(pid))
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         session.children[child.pidfd] = child
         self._poll.register(child.pidfd, select.POLLIN)
-        return Forked(asked.rank, pid)
+        session.tell(Forked(asked.rank, pid), [child.pidfd])
 
     def _reap(self, pidfd: int) -> None:
         session = next((s for s in self._sessions.values() if pidfd in s.children), None)
         if session is not None:
             self._poll.unregister(pidfd)
             session.tell(_reaped(session.children.pop(pidfd)))
+            self._end_orphans()
 
     def _end(self, session: _Session) -> None:
         self._poll.unregister(session.sock.fileno())
         del self._sessions[session.sock.fileno()]
-        for child in session.children.values():
-            _kill(child.pid, signal.SIGKILL)
+        session.kill()
         for child in session.children.values():
             self._poll.unregister(child.pidfd)
             session.tell(_reaped(child))
         session.sock.close()
         if session.private_root:
             shutil.rmtree(session.private_root, ignore_errors=True)
+        self._end_orphans()
+
+    def _end_orphans(self) -> None:
+        """Once no worker is left: ends the processes that workers have started and moved out of their process groups."""
+        if any(session.children for session in self._sessions.values()):
+            return
+        until = time.monotonic() + _ORPHANS_S
+        while _has_children() and time.monotonic() < until:
+            for pid in _proc.children():
+                _kill(pid, signal.SIGKILL)
+            _reap_zombies(set())
+            time.sleep(0.001)
+
+
+def _threads() -> int:
+    until = time.monotonic() + _THREAD_EXIT_S
+    while (count := len(os.listdir("/proc/self/task"))) > 1 and time.monotonic() < until:
+        time.sleep(0.001)
+    return count
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _reap_zombies(workers: set[int]) -> None:
+    """Reaps adopted processes that have ended, up to the first of ``workers``, whose end has its own way."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in workers:
+            os.waitpid(ended.si_pid, 0)
 
 
 def _reaped(child: _Child) -> Exited:
@@ -235,7 +255,8 @@ def _reaped(child: _Child) -> Exited:
 
 
 def _kill(pid: int, number: int) -> None:
-    for kill in (os.killpg, os.kill):
+    kills: tuple[Callable[[int, int], None], ...] = (os.killpg, os.kill)
+    for kill in kills:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, number)
 
@@ -253,67 +274,17 @@ def _preload(modules: Sequence[str], sys_path: Sequence[str]) -> Opened | Refuse
     return Opened()
 
 
-def _be_worker(server: int, asked: Fork, fds: Sequence[int]) -> NoReturn:
-    """In the forked child: cuts every tie to the server, then runs the boot record. Never returns."""
+def main(main_fd: int, driver_pidfd: int) -> NoReturn:
+    """The server process. It leaves without the interpreter's clean-up, which would only delay the end of everything."""
     code = 1
     try:
-        os.setpgid(0, 0)
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != server:  # it died before the line above
-            os._exit(1)
-        _take_descriptors(fds)
-        if asked.execs:
-            program = f"from exec_mp._forkserver import boot; boot({FIRST_FD})"
-            os.execv(sys.executable, [sys.executable, "-P", "-c", _with_path(program)])
-        code = boot(FIRST_FD)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # in a worker too, until it can answer
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        importlib.import_module("exec_mp._worker_main")  # what every worker needs
+        _Server(socket.socket(fileno=main_fd), driver_pidfd).serve()
+        code = 0
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(code)
-
-
-def _take_descriptors(fds: Sequence[int]) -> None:
-    """Puts stdout and stderr in place, the boot record and the rest from `FIRST_FD` on, and closes everything else."""
-    boot_fd, stdout, stderr, *rest = fds
-    order = [stdout, stderr, boot_fd, *rest]
-    high = [os.dup2(fd, place, inheritable=True) for place, fd in enumerate(order, start=max(fds) + 1)]
-    for place, fd in enumerate(high, start=1):
-        os.dup2(fd, place, inheritable=True)
-    os.closerange(1 + len(order), max(map(int, os.listdir("/proc/self/fd"))) + 1)
-
-
-def _with_path(program: str) -> str:
-    """``program`` for a fresh interpreter started with -P: our own packages found as here, the standard library first."""
-    return f"import sys; sys.path.extend(p for p in {sys.path!r} if p not in sys.path); {program}"
-
-
-def boot(fd: int) -> int:
-    """Takes over the state in the boot record at ``fd`` and runs its entry; the exit code."""
-    with os.fdopen(fd, "rb") as file:
-        file.seek(0)
-        record: Boot = pickle.load(file)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
-    os.environ.clear()
-    os.environ.update(record.environ)
-    sys.path[:] = record.sys_path
-    os.umask(record.umask)
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, record.affinity)
-    if record.cwd is not None:
-        with contextlib.suppress(OSError):
-            os.chdir(record.cwd)
-    module, _, name = record.entry.partition(":")
-    entry: Callable[..., int | None] = getattr(importlib.import_module(module), name)
-    return entry(*record.args) or 0
-
-
-def main(main_fd: int, driver_pidfd: int) -> None:
-    """The server process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    importlib.import_module("exec_mp._worker_main")  # what every worker needs
-    _Server(socket.socket(fileno=main_fd), driver_pidfd).serve()

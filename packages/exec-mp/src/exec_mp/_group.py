@@ -13,85 +13,34 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
-import attrs
 from exec_core import messages
-from exec_core.asynchronous import Room
 from exec_core.calls import Call
 from exec_core.context import WorkerInit
 from exec_core.errors import (
     ExecutorBusyError,
     ExecutorClosedError,
+    ExecutorError,
     ExecutorFailedError,
     MessageTooLargeError,
     RpcTimeoutError,
-    WorkerDiedError,
 )
 from exec_core.group import WorkerInfo
 from exec_core.inline import InlineWorker, Job
 from exec_core.messages import Encoded, Failure, Reply
 from exec_core.wrapper import WorkerWrapper
+from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
+from exec_mp._parts import Hooks, Parts
+from exec_mp._poller import Handler
+from exec_mp._processes import Processes
+from exec_mp._receiver import Receiver
 
-from exec_mp._calls import Calls, Entry
-from exec_mp._channel import DriverChannel
-from exec_mp._forkserver import Exited
-from exec_mp._layout import Geometry
-from exec_mp._launcher import Session, end_groups
-from exec_mp._output import WorkerOutput
-from exec_mp._receiver import Receiver, Todo
-from exec_mp._stacks import Stacks
-
-_KILL_GRACE_S = 1.0  # beyond the deadline of a shutdown, for the kernel to free what killed workers hold
-
-
-@attrs.frozen(kw_only=True)
-class Hooks:
-    """What a group tells its executor.
-
-    Attributes:
-        failed: ``fn(error, fail_pending)`` when a worker has died unasked.
-        progress: ``fn(rank, done, total, what)``.
-        room: told when a call has ended.
-        log: the executor's logger.
-    """
-
-    failed: Callable[[BaseException, Callable[[], None]], None]
-    progress: Callable[[int, int, int, str], None]
-    room: Room
-    log: Any
-
-
-class Parts:
-    """What the workers of one generation share with the driver; made before they are forked, closed after they have ended.
-
-    Attributes:
-        pids: process of each rank, entered as they are forked; of rank 0 this one, when it runs inline.
-        rendezvous: memfd in which the ranks meet to build process groups.
-    """
-
-    def __init__(
-        self, session: Session, geometry: Geometry, ranks: Sequence[int], output: Callable[[int], WorkerOutput]
-    ) -> None:
-        self.session = session
-        self.channel = DriverChannel(geometry, ranks)
-        self.rendezvous = os.memfd_create("exec-mp-rendezvous", os.MFD_CLOEXEC)
-        self.stacks = Stacks(ranks, self.channel.stacks, lambda rank, number: session.signal(number, rank))
-        self.output = {rank: output(rank) for rank in ranks}
-        self.pids: dict[int, int] = {} if 0 in ranks else {0: os.getpid()}
-
-    def close(self) -> None:
-        self.session.close()  # first: the workers end before what they write to does
-        self.channel.close()
-        self.stacks.close()
-        for output in self.output.values():
-            output.close()
-        os.close(self.rendezvous)
+_DYING_S = 5.0  # an error reply waits no longer for the kernel to take a worker down
 
 
 class ProcessGroup:
@@ -102,33 +51,33 @@ class ProcessGroup:
     """
 
     def __init__(self, inits: Sequence[WorkerInit], parts: Parts, hooks: Hooks) -> None:
-        config, channel, session = inits[0].config, parts.channel, parts.session
+        config, channel = inits[0].config, parts.channel
         self.inits = inits
         self._parts, self._hooks = parts, hooks
-        self._pids, self._channel, self._session = parts.pids, channel, session
+        self._pids, self._channel = parts.pids, channel
         self._max_message_bytes = config.rpc.max_message_bytes
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
         self._calls = Calls(config.max_in_flight)
-        self._alive = set(channel.remote_ranks)  # guarded by _lock; _ended is set when it becomes empty
-        self._ended = threading.Event()
-        self._leaving = False  # ends of workers are expected; set once by close
+        self._processes = Processes(parts.session, parts.processes, self._method_of, self._died)
         self._closed = False
         self._wrapper = self._inline = None
         if 0 not in channel.remote_ranks:
             self._wrapper = WorkerWrapper(0, lambda *reported: hooks.progress(0, *reported))
             self._wrapper.update_environment_variables(config.env_of_rank(0))
             self._inline = InlineWorker(self._wrapper)
+        outputs: dict[int, Handler] = {o.reading: o.read for o in parts.output.values() if o.reading is not None}
         self._receiver = Receiver(
             channel,
             self._calls,
             self._lock,
             parts.pids,
-            {session.fileno(): self._session_event, **{o.reading: o.read for o in parts.output.values() if o.reading}},
+            {**self._processes.handlers(), **outputs},
             finish=self._finish,
             settle=self._settle,
             progress=hooks.progress,
             late=lambda rank, name: hooks.log.warning("late reply dropped", method=name, from_rank=rank),
+            broken=self._broken,
         )
 
     # Calls
@@ -204,6 +153,7 @@ class ProcessGroup:
         job = self._enqueue_inline(inline, entry) if inline is not None and 0 in call.ranks else None
         if entry.ungated:
             with self._lock:
+                entry.sent = True
                 self._receiver.open_gates()
         return entry, job
 
@@ -224,7 +174,6 @@ class ProcessGroup:
 
     def _local_reply(self, entry: Entry, reply: Reply) -> None:
         """Rank 0's, which runs here."""
-        todo: Todo = []
         with self._lock:
             if reply.error is None:
                 value = reply.value if 0 in entry.call.reply_ranks else None
@@ -235,17 +184,16 @@ class ProcessGroup:
             if self._calls.gated:
                 self._receiver.open_gates()
         if finished is not None:
-            self._receiver.deliver(finished, todo)
+            self._receiver.deliver(finished)
+            self._receiver.act()
         elif reply.error is not None:
             self._receiver.look_again()
-        for act in todo:
-            act()
 
     @staticmethod
     def _raise_closed(error: BaseException, method: str) -> NoReturn:
-        if isinstance(error, WorkerDiedError):
-            raise ExecutorFailedError(error, method) from error
-        raise ExecutorClosedError(str(error), method)
+        if isinstance(error, ExecutorClosedError):
+            raise ExecutorClosedError(str(error), method)
+        raise ExecutorFailedError(error, method) from error
 
     def _raise_no_room(self, call: Call, future: Future[Any] | None) -> None:
         limit = self._calls.max_in_flight
@@ -270,20 +218,41 @@ class ProcessGroup:
             future.set_result(value)
         self._hooks.room.made()
 
-    def _settle(self, entry: Entry) -> None:
-        """Finishes an entry that is due, with its error or as timed out and then with the stacks of the pending ranks."""
-        todo: Todo = []
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """Finishes entries that are due: with a held-back error, or as timed out and then with the stacks of the pending ranks."""
+        now = time.monotonic()
         with self._lock:
-            if not self._calls.settle(entry):
+            final = [entry for entry in entries if not self._waits_for_death(entry, now)]
+            settled = [entry for entry in final if self._calls.settle(entry)]
+            pending = {rank for entry in settled if not entry.failures for rank in entry.pending}
+        pids = {rank: self._pids[rank] for rank in pending & self._processes.alive}
+        nobody_waits = all(entry.future is not None for entry in settled)
+        if pids and nobody_waits and self._receiver.is_current_thread():  # which has deaths to look out for
+            with contextlib.suppress(RuntimeError):  # a limit on threads
+                threading.Thread(target=self._report, args=(settled, pids), name="exec-mp-stacks", daemon=True).start()
                 return
-            error = entry.error
-            pids = {rank: self._pids[rank] for rank in entry.pending if rank in self._alive}
-        if isinstance(error, RpcTimeoutError):
-            # Asked after the call has failed: a signal may cut a system call short, and so finish the call.
-            entry.error = error.with_stacks(self._parts.stacks.ask(pids))
-        self._receiver.deliver(entry, todo)
-        for act in todo:
-            act()
+        self._report(settled, pids)
+
+    def _waits_for_death(self, entry: Entry, now: float) -> bool:
+        """Whether an error is held back further: a rank that owes an answer is dying, which takes as long as freeing its memory."""
+        if not entry.failures or now >= min(entry.call.deadline, entry.failures[0].time_ns / 1e9 + _DYING_S):
+            return False
+        if not self._processes.is_exiting(self._processes.alive & entry.pending):
+            return False
+        entry.settle_at = now + DEATH_GRACE_S
+        return True
+
+    def _report(self, settled: Sequence[Entry], pids: Mapping[int, int]) -> None:
+        try:
+            # Asked after the calls have failed: a signal may cut a system call short, and so finish a call.
+            stacks = self._parts.stacks.ask(pids, self._processes.signal) if pids else {}
+            for entry in settled:
+                if isinstance(entry.error, RpcTimeoutError):
+                    entry.error = entry.error.with_stacks({r: text for r, text in stacks.items() if r in entry.pending})
+        finally:
+            for entry in settled:
+                self._receiver.deliver(entry)
+            self._receiver.act()
 
     def infos(self) -> list[WorkerInfo]:
         with self._lock:  # close takes it before the channel goes
@@ -291,112 +260,72 @@ class ProcessGroup:
 
     def _info(self, rank: int) -> WorkerInfo:
         pid = self._pids[rank]
+        if rank in self._channel.remote_ranks and (rank not in self._processes.alive or self._closed):
+            return WorkerInfo(rank, pid, "dead")
+        late, busy = self._calls.late(rank), self._busy(rank)
+        if busy is None and late is not None:  # it has not come to it yet
+            busy = late.name, max(0.0, time.monotonic() - late.deadline)
+        return WorkerInfo(rank, pid, "idle") if busy is None else WorkerInfo(rank, pid, "busy", *busy, late is not None)
+
+    def _busy(self, rank: int) -> tuple[str, float] | None:
         if self._inline is not None and rank == 0:
             current = self._inline.current
-            late = current is not None and self._calls.is_late_request(current[0])
-            busy = (current[0].name, time.monotonic() - current[1], late) if current else None
-        elif rank not in self._alive or self._closed:
-            return WorkerInfo(rank, pid, "dead")
-        else:
-            busy = self._busy(rank)
-        return WorkerInfo(rank, pid, "idle") if busy is None else WorkerInfo(rank, pid, "busy", *busy)
-
-    def _busy(self, rank: int) -> tuple[str, float, bool] | None:
+            return None if current is None else (current[0].name, time.monotonic() - current[1])
         call_id, since_ns = self._channel.current(rank)
         name = self._calls.name_of(call_id) if call_id else None
-        if name is None:
-            return None
-        return name, (time.monotonic_ns() - since_ns) / 1e9, self._calls.is_late(call_id)
+        return None if name is None else (name, (time.monotonic_ns() - since_ns) / 1e9)
 
     # Ends of workers
 
-    def _session_event(self) -> None:
-        """On the background thread: the fork server has something to say, or is gone."""
-        ends = self._session.exits()
-        if ends is None:
-            self._server_gone()
-            return
-        for end in ends:
-            self._worker_ended(end)
-
-    def _worker_ended(self, end: Exited) -> None:
+    def _method_of(self, rank: int) -> str | None:
+        """The call that ``rank`` is in, or was when it ended."""
         with self._lock:
-            call_id, _ = (0, 0) if self._closed else self._channel.current(end.rank)
-            self._alive.discard(end.rank)
-            method = self._calls.name_of(call_id) if call_id else None
-        if not self._alive:
-            self._ended.set()
-        output = self._parts.output[end.rank]
-        output.read()
-        if self._leaving:
-            return
-        code, signal_name = (end.code, None) if end.code >= 0 else (None, signal.Signals(-end.code).name)
-        error = WorkerDiedError(
-            end.rank, end.pid, exit_code=code, signal_name=signal_name, method=method,
-            last_log_lines=output.last_lines,
-        )  # fmt: skip
-        self._died(error)
+            call_id = 0 if self._closed else self._channel.current(rank)[0]
+            return self._calls.name_of(call_id) if call_id else None
 
-    def _server_gone(self) -> None:
-        end_groups([self._pids[rank] for rank in self._alive])
-        with self._lock:
-            self._alive.clear()
-        self._ended.set()
-        if not self._leaving:
-            why = f"the fork server (pid {self._session.server_pid}) ended, and its workers with it"
-            self._died(WorkerDiedError(None, None, why=why))
-        self._receiver.forget(self._session.fileno())
-
-    def _died(self, error: WorkerDiedError) -> None:
-        self._leaving = True  # the others are stopped: they may be stuck in a collective with the dead one
-        self._session.signal(signal.SIGKILL)
+    def _died(self, error: BaseException) -> None:
         self._hooks.failed(error, lambda: self._fail_pending(error))
 
+    def _broken(self, error: Exception) -> None:
+        """The background thread has met an error of its own: no answer can be relied on any more."""
+        if not self._processes.leaving:
+            failure = ExecutorError(f"the thread that receives answers has failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._processes.abandon(failure)
+
     def _fail_pending(self, error: BaseException) -> None:
-        todo: Todo = []
         with self._lock:
             for entry in self._calls.close(error):
-                self._receiver.deliver(entry, todo)
+                self._receiver.deliver(entry)
         self._channel.ring()  # wakes the leader
-        for act in todo:
-            act()
+        self._receiver.act()
 
     # The end
 
     def close(self, error: BaseException, deadline: float) -> None:
         if self._closed:
             return
-        asked = not self._leaving
-        self._leaving = True
+        asks = not self._processes.leaving  # else they are dying already, or an earlier close was interrupted
+        self._processes.leaving = True
         if self._inline is not None:
             self._inline.drop_waiting()
         self._fail_pending(error)
-        if asked:
+        if asks:
             with self._send_lock, contextlib.suppress(Exception):
                 self._channel.publish_exit()
         idle = self._inline is None or self._inline.close(deadline)
         if self._wrapper is not None and idle:
             self._wrapper.shutdown()
-        self._climb(deadline if asked else 0.0)
+        self._processes.stop(deadline if asks else 0.0, self._wait_ended, self._hooks.log)
         self._receiver.stop()
         with self._send_lock, self._lock:
             self._closed = True
             self._parts.close()
 
-    def _climb(self, deadline: float) -> None:
-        """Asked, then TERM at half the time that is left, then KILL, then reaped."""
-        now = time.monotonic()
-        steps = [(now + max(0.0, deadline - now) * share, number) for share, number in ((0.5, signal.SIGTERM), (0.8, signal.SIGKILL))]
-        for until, number in steps:
-            if self._wait_ended(until):
-                return
-            self._session.signal(number)
-        if not self._wait_ended(max(deadline, time.monotonic()) + _KILL_GRACE_S):
-            self._hooks.log.error("workers outlive SIGKILL; the kernel still holds them", ranks=sorted(self._alive))
-
     def _wait_ended(self, until: float) -> bool:
+        ended = self._processes.ended
         if self._receiver.is_current_thread():
-            while not self._ended.is_set() and time.monotonic() < until:
+            while not ended.is_set() and time.monotonic() < until:
                 self._receiver.turn(until)
-            return self._ended.is_set()
-        return self._ended.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+            return ended.is_set()
+        return ended.wait(None if until == math.inf else max(0.0, until - time.monotonic()))

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -21,29 +22,40 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from exec_core.base import shutdown_all
 from exec_core.errors import WorkerStartupError
 
-from exec_mp._forkserver import MAX_BYTES, Boot, Exited, Fork, Forked, Open, Opened, Refused, Signal
+from exec_mp._boot import Boot
+from exec_mp._protocol import MAX_BYTES, Exited, Fork, Forked, Open, Opened, Refused, Signal
 
 _STOP_S = 5.0  # for a fork server to end; it only has to kill and reap
+_LIMITS = "check the limits on processes, open files and memory (ulimit -a)"
 
 _lock = threading.Lock()  # guards _server
 _server: ForkServer | None = None
 
 
 class ForkServer:
-    """The process that forks this process's workers (see `exec_mp._forkserver`)."""
+    """The process that forks this process's workers (see `exec_mp._forkserver`).
+
+    Raises:
+        OSError: when the system refuses the process or its descriptors.
+    """
 
     def __init__(self) -> None:
         self.driver = os.getpid()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pidfd = os.pidfd_open(self.driver)
-        paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *(p for p in sys.path if p)]
-        program = (
-            f"import sys; sys.path.extend(p for p in {paths!r} if p not in sys.path); "
-            f"from exec_mp._forkserver import main; main({theirs.fileno()}, {pidfd})"
-        )
-        try:
+        with contextlib.ExitStack() as stack:
+            on_error = stack.enter_context(contextlib.ExitStack())
+            on_error.callback(ours.close)
+            stack.callback(theirs.close)
+            pidfd = os.pidfd_open(self.driver)
+            stack.callback(os.close, pidfd)
+            paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *(p for p in sys.path if p)]
+            program = (
+                f"import sys; sys.path.extend(p for p in {paths!r} if p not in sys.path); "
+                f"from exec_mp._forkserver import main; main({theirs.fileno()}, {pidfd})"
+            )
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program],
                 stdin=subprocess.DEVNULL,
@@ -51,12 +63,7 @@ class ForkServer:
                 start_new_session=True,  # Ctrl-C in the terminal is the driver's
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads on import
             )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(pidfd)
+            on_error.pop_all()
         self._socket = ours
 
     @property
@@ -65,6 +72,14 @@ class ForkServer:
 
     def alive(self) -> bool:
         return self.driver == os.getpid() and self._process.poll() is None
+
+    def how_it_ended(self) -> str:
+        """For an error's text."""
+        code = self._process.poll()
+        if code is None:
+            return f"the fork server (pid {self.pid}) closed its session"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return f"the fork server (pid {self.pid}) {how}"
 
     def open(self, preload: Sequence[str], private_root: str = "") -> Session:
         """Asks for a session; `Session.ready` waits for it."""
@@ -77,24 +92,29 @@ class ForkServer:
             raise
         finally:
             theirs.close()
-        return Session(ours, self.pid)
+        return Session(ours, self)
 
     def stop(self) -> None:
         """Ends the server and with it all its workers."""
-        self._socket.close()
+        _end_connection(self._socket)
         try:
             self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
+    def forget(self) -> None:
+        """In a forked child, whose server this is not."""
+        self._socket.close()
+        self._process.returncode = 0  # else it warns that it was not waited for
+
 
 class Session:
-    """One group's connection to the fork server. One thread at a time uses it."""
+    """One group's connection to the fork server. One thread at a time receives; any may send."""
 
-    def __init__(self, sock: socket.socket, server_pid: int) -> None:
+    def __init__(self, sock: socket.socket, server: ForkServer) -> None:
         self._socket = sock
-        self.server_pid = server_pid
+        self._server = server
         self._early: deque[Exited] = deque()  # ends reported while something else was awaited
         self._gone = False
 
@@ -105,8 +125,8 @@ class Session:
         """Waits until the server has imported what was asked for."""
         self._expect(Opened, deadline, "the fork server to be ready")
 
-    def fork(self, rank: int, boot: Boot, fds: Sequence[int], *, execs: bool, deadline: float) -> int:
-        """Starts a process and returns its pid.
+    def fork(self, rank: int, boot: Boot, fds: Sequence[int], *, execs: bool, deadline: float) -> tuple[int, int]:
+        """Starts a process and returns its pid and a pidfd of it, which the caller closes.
 
         Args:
             fds: its stdout and stderr, then what it finds from descriptor 4 on (3 is taken by the boot record).
@@ -115,36 +135,40 @@ class Session:
         try:
             with os.fdopen(os.dup(memory), "wb") as file:
                 pickle.dump(boot, file)
-            socket.send_fds(self._socket, [pickle.dumps(Fork(rank, execs))], [memory, *fds])
-        except OSError as error:
-            raise WorkerStartupError(rank, "launch", f"the fork server is gone ({error})") from error
+            asked = Fork(rank, execs, 1 + len(fds))
+            with contextlib.suppress(ConnectionError):  # the server is gone; receiving says so
+                socket.send_fds(self._socket, [pickle.dumps(asked)], [memory, *fds])
         finally:
             os.close(memory)
-        forked: Forked = self._expect(Forked, deadline, "a fork", rank)
-        return forked.pid
+        forked, pidfd = self._expect(Forked, deadline, "a fork", rank)
+        if pidfd is None:
+            raise WorkerStartupError(rank, "launch", "no descriptor is left for it", forked.pid, remedy=_LIMITS)
+        return forked.pid, pidfd
 
-    def _expect(self, wanted: type[Any], deadline: float, what: str, rank: int | None = None) -> Any:
+    def _expect(self, wanted: type[Any], deadline: float, what: str, rank: int | None = None) -> tuple[Any, int | None]:
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise WorkerStartupError(rank, "launch", f"timed out waiting for {what}", remedy="raise startup_timeout_s")
             self._socket.settimeout(None if remaining == float("inf") else remaining)
             with contextlib.suppress(TimeoutError):
-                record = self._receive()
+                record, pidfd = self._receive()
                 if record is None:
-                    raise WorkerStartupError(rank, "launch", f"the fork server ended while waiting for {what}; see stderr")
+                    why = f"{self._server.how_it_ended()} while waiting for {what}"
+                    raise WorkerStartupError(rank, "launch", why, remedy=f"see stderr, and {_LIMITS}")
                 if isinstance(record, wanted):
-                    return record
+                    return record, pidfd
                 if isinstance(record, Refused):
                     raise WorkerStartupError(rank, "launch", record.why)
                 self._early.append(record)
 
-    def _receive(self) -> Any:
+    def _receive(self) -> tuple[Any, int | None]:
+        """The next record, None at the end, and the descriptor that came along."""
         try:
-            data = self._socket.recv(MAX_BYTES)
+            data, fds, _, _ = socket.recv_fds(self._socket, MAX_BYTES, 1)
         except ConnectionError:
-            data = b""
-        return pickle.loads(data) if data else None
+            data, fds = b"", []
+        return pickle.loads(data) if data else None, fds[0] if fds else None
 
     def exits(self) -> list[Exited] | None:
         """Workers whose end has been reported by now; None when the server itself is gone."""
@@ -152,19 +176,45 @@ class Session:
         self._early.clear()
         self._socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            while (record := self._receive()) is not None:
+            while (record := self._receive()[0]) is not None:
                 found.append(record)
             self._gone = True
         return None if self._gone and not found else found
 
-    def signal(self, number: int, rank: int | None = None) -> None:
-        """Sends ``number`` to the process of ``rank``, or to all workers and their process groups."""
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the server says something within ``timeout_s``, its end included."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout_s) * 1e3))
+
+    @property
+    def how_it_ended(self) -> str:
+        """What became of a server that is gone."""
+        until = time.monotonic() + 0.05  # its sockets close a moment before it can be reaped
+        while self._server.alive() and time.monotonic() < until:
+            time.sleep(0.001)
+        return self._server.how_it_ended()
+
+    def signal(self, number: int) -> None:
+        """Sends ``number`` to all workers and their process groups."""
         with contextlib.suppress(OSError):  # the server is gone, and with it they are
-            self._socket.send(pickle.dumps(Signal(number, rank)))
+            self._socket.send(pickle.dumps(Signal(number)))
+
+    def abort(self) -> None:
+        """Ends the connection, not the object: a thread that waits here gets an error, the server kills the workers."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Gives the workers up: the server kills those that still run."""
-        self._socket.close()
+        _end_connection(self._socket)
+
+
+def _end_connection(sock: socket.socket) -> None:
+    """Closes ``sock`` for everyone: a forked child of this process has a copy, which would keep it open."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
 
 
 def fork_server() -> ForkServer:
@@ -190,7 +240,22 @@ def stop_fork_server() -> None:
             server.stop()
 
 
-atexit.register(stop_fork_server)
+@atexit.register
+def _at_exit() -> None:
+    shutdown_all()  # first: to an executor the end of its server is a failure
+    stop_fork_server()
+
+
+def _forget() -> None:
+    """In a forked child: the server is the parent's, and so may the lock be."""
+    global _server, _lock
+    _lock = threading.Lock()
+    server, _server = _server, None
+    if server is not None:
+        server.forget()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def boot_record(entry: str, args: tuple[Any, ...], env: dict[str, str], affinity: frozenset[int] | None = None) -> Boot:
@@ -212,16 +277,20 @@ def _umask() -> int:
 def run_program(session: Session, program: str, env: dict[str, str], deadline: float) -> str:
     """Runs Python code in a forked child and returns what it printed."""
     reading, writing = os.pipe()
-    try:
-        boot = boot_record("exec_mp._launcher:run_code", (program,), env)
-        pid = session.fork(-1, boot, [writing, 2], execs=False, deadline=deadline)
-    finally:
-        os.close(writing)
     with os.fdopen(reading) as output:
-        printed = output.read()
-    while not any(end.pid == pid for end in session.exits() or ()):
-        time.sleep(0.001)  # its end is reported after its output has ended
-    return printed
+        try:
+            boot = boot_record("exec_mp._launcher:run_code", (program,), env)
+            pid, pidfd = session.fork(-1, boot, [writing, 2], execs=False, deadline=deadline)
+        finally:
+            os.close(writing)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) * 1e3):
+                raise WorkerStartupError(None, "launch", f"timed out waiting for {program!r}", pid, remedy="raise startup_timeout_s")
+        finally:
+            os.close(pidfd)
+        return output.read()
 
 
 def run_code(program: str) -> None:

@@ -4,8 +4,9 @@ One anonymous memfd holds everything::
 
     control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
 
-Control words are 8 bytes each, in rows with one word per rank. Each word has one writer: the driver for ``REPLIES_READ`` and
-``GATE``, the rank for the others. ``REPLIES`` of all ranks lie side by side, so that the driver looks at one slice to see all.
+Control words are 8 bytes each, in rows with one word per rank. Each word has one writer: the driver for
+``REPLIES_READ`` and ``GATE``, the rank for the others. ``REPLIES`` of all ranks lie side by side, so that the driver
+looks at one slice to see all.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
+
 from exec_core.errors import ExecutorError
 from exec_core.messages import Part
-
 from exec_mp._arena import BLOCKS
 
 REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, REPLIES_READ, GATE = range(7)  # rows of control words
@@ -166,8 +167,8 @@ class Shared:
     def lend(self, position: int, nbytes: int, holds: memoryview, hold: int) -> memoryview:
         """Writable memory of the mapping itself, for the only reader of a block.
 
-        ``holds[hold]`` is cleared when the last view of it is gone. What is followed is the exporter underneath all views: a
-        memoryview on top may go while arrays and tensors over it live on.
+        ``holds[hold]`` is cleared when the last view of it is gone. What is followed is the exporter underneath all
+        views: a memoryview on top may go while arrays and tensors over it live on.
         """
         exporter = (ctypes.c_char * nbytes).from_buffer(self.mapping, position)
         self._follow(exporter, position, nbytes, holds, hold)
@@ -193,7 +194,7 @@ class Shared:
         self.words.release()
         self.view.release()
         start = _up(self.geometry.requests, mmap.PAGESIZE)  # holds are written to as long as anything is lent
-        for position, (nbytes, _) in sorted(list(self._lent.items())):
+        for position, (nbytes, _) in sorted(self._lent.items()):
             self._remove(start, position)
             start = _up(position + nbytes, mmap.PAGESIZE)
         self._remove(start, self.geometry.total)

@@ -19,14 +19,16 @@ from exec_core.logs import RELAY_MARK
 _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20  # a worker that writes faster than the driver reads waits when this is full
 _MAX_LINE = 1 << 16
+_READS = 2 * _PIPE_BYTES // _MAX_LINE  # in a row
 _KEPT_LINES = 20
+_TAIL_BYTES = 1 << 14
 
 
 class WorkerOutput:
     """Output of one rank.
 
     Args:
-        path: file for ``worker_output="files"``, None otherwise.
+        path: file for ``worker_output="files"``.
         log: logger for the events of ``worker_output="log"``.
     """
 
@@ -35,6 +37,7 @@ class WorkerOutput:
         self.reading: int | None = None
         self._log, self._rank, self._pid = log, rank, 0
         self._partial = b""
+        self._path: str | None = None
         if config.worker_output == "log":
             self.reading, writing = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(self.reading, False)
@@ -43,6 +46,7 @@ class WorkerOutput:
             self._writing = [writing, writing]
         elif config.worker_output == "files":
             os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._path = path
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             self._writing = [file, file]
         else:
@@ -63,22 +67,41 @@ class WorkerOutput:
         for fd in writing:
             os.close(fd)
 
-    def read(self) -> None:
-        """Turns what has been written by now into events."""
-        while self.reading is not None:
+    def read(self) -> bool:
+        """Turns what has been written by now into events; False at the end, when nobody can write any more."""
+        for _ in range(_READS):  # one that never stops writing must not keep this thread
+            if self.reading is None:
+                return False
             try:
                 data = os.read(self.reading, _MAX_LINE)
             except BlockingIOError:
-                return
+                return True
             if not data:
-                return
+                return False
             *lines, self._partial = (self._partial + data).split(b"\n")
             if len(self._partial) > _MAX_LINE:
                 lines, self._partial = [*lines, self._partial], b""
             for line in filter(None, (line.rstrip(b"\r") for line in lines)):
                 self._event(line.decode(errors="replace"))
+        return True
+
+    def tail(self) -> list[str]:
+        """What was written last, oldest line first; empty for ``worker_output="inherit"``."""
+        if self._path is None:
+            self.read()
+            return [*self.last_lines, *([self._partial.decode(errors="replace")] if self._partial else [])]
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+                return file.read().decode(errors="replace").splitlines()[-_KEPT_LINES:]
+        except OSError:
+            return []
 
     def _event(self, line: str) -> None:
+        with contextlib.suppress(Exception):  # the host's logging raises; the thread that reads here has more to do
+            self._log_line(line)
+
+    def _log_line(self, line: str) -> None:
         before, mark, record = line.rpartition(RELAY_MARK)
         if before or not mark:  # text without a newline may stand before a record
             self.last_lines.append(before or line)

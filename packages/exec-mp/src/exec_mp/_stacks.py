@@ -14,15 +14,16 @@ import faulthandler
 import linecache
 import os
 import re
-import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+
+from exec_mp import _proc
+from exec_mp._protocol import STACK_SIGNAL
 
 REGION_BYTES = 1 << 30  # address space of each rank's reports; a sparse file
-SIGNAL = signal.SIGRTMAX - 3
 _HELPER_S = 0.2  # how long the helper may be silent before the signal is sent
 _DUMP_S = 0.2  # for the signal's dump
 _SETTLED_S = 0.01  # a dump that has not grown for so long is complete
@@ -40,15 +41,16 @@ class StackReporter:
         os.lseek(self._file, rank * REGION_BYTES, os.SEEK_SET)
         os.close(memory)
         self._main = threading.main_thread().ident
-        faulthandler.register(SIGNAL, file=self._file, all_threads=False, chain=False)
+        faulthandler.register(STACK_SIGNAL, file=self._file, all_threads=False, chain=False)
         threading.Thread(target=self._serve, name="exec-stacks", daemon=True).start()
 
     def _serve(self) -> None:
         while True:
             os.eventfd_read(self._bell)
-            frame = sys._current_frames().get(self._main or 0)
-            text = "".join(_worker_frames(traceback.format_stack(frame)))
-            os.write(self._file, text.encode(errors="replace"))
+            with contextlib.suppress(Exception):  # this thread is needed again; the report is empty then
+                frame = sys._current_frames().get(self._main or 0)
+                text = "".join(_worker_frames(traceback.format_stack(frame)))
+                os.write(self._file, text.encode(errors="replace"))
             self._count()
 
 
@@ -64,37 +66,53 @@ class Stacks:
     Args:
         ranks: processes that can be asked.
         answers: reads the control word of a rank.
-        send_signal: sends a signal to the process of a rank.
     """
 
-    def __init__(self, ranks: Iterable[int], answers: Callable[[int], int], send_signal: Callable[[int, int], None]) -> None:
+    def __init__(self, ranks: Iterable[int], answers: Callable[[int], int]) -> None:
         self.memory = os.memfd_create("exec-mp-stacks", os.MFD_CLOEXEC)
-        self.bells = {rank: os.eventfd(0, os.EFD_CLOEXEC) for rank in ranks}
-        self._answers, self._send_signal = answers, send_signal
+        self.bells: dict[int, int] = {}
+        self._closing = False  # cuts a report short; set by the closer
+        self._lock = threading.Lock()  # one report at a time, none once closed; guards _read_to
+        try:
+            for rank in ranks:
+                self.bells[rank] = os.eventfd(0, os.EFD_CLOEXEC)
+        except OSError:
+            self.close()
+            raise
+        self._answers = answers
         self._read_to = {rank: rank * REGION_BYTES for rank in self.bells}
-        self._lock = threading.Lock()  # one report at a time; guards _read_to
 
-    def ask(self, pids: dict[int, int]) -> dict[int, str]:
-        """The present stack of each of ``pids`` (by rank), or why there is none."""
+    def ask(self, pids: Mapping[int, int], send_signal: Callable[[int, int], None]) -> dict[int, str]:
+        """The present stack of each of ``pids`` (by rank), or why there is none.
+
+        Args:
+            send_signal: ``fn(number, rank)``.
+        """
         with self._lock:
-            stopped = {rank for rank, pid in pids.items() if _is_stopped(pid)}
-            asked = {rank: self._answers(rank) for rank in pids if rank not in stopped}
-            for rank in asked:
-                os.eventfd_write(self.bells[rank], 1)
-            deadline = time.monotonic() + _HELPER_S
-            while (silent := [r for r, n in asked.items() if self._answers(r) == n]) and time.monotonic() < deadline:
-                time.sleep(0.001)
-            reports = {rank: "the process is stopped (SIGSTOP or a debugger)\n" for rank in stopped}
-            reports |= {rank: self._read(rank) for rank in asked if rank not in silent}
-            for rank in silent:
-                self._send_signal(rank, SIGNAL)
-            reports |= {rank: self._dumped(rank) for rank in silent}
-        return dict(sorted(reports.items()))
+            return {} if self._closing else dict(sorted(self._ask(pids, send_signal).items()))
+
+    def _ask(self, pids: Mapping[int, int], send_signal: Callable[[int, int], None]) -> dict[int, str]:
+        stats = {rank: _proc.stat(pid) for rank, pid in pids.items()}
+        stopped = {rank for rank, stat in stats.items() if stat is not None and stat.stopped}
+        asked = {rank: self._answers(rank) for rank in pids if rank not in stopped}
+        for rank in asked:
+            self._read(rank)  # what came too late for the last report
+            os.eventfd_write(self.bells[rank], 1)
+        deadline = time.monotonic() + _HELPER_S
+        while (silent := [r for r, n in asked.items() if self._answers(r) == n]) and time.monotonic() < deadline:
+            if self._closing:
+                return {}
+            time.sleep(0.001)
+        reports = dict.fromkeys(stopped, "the process is stopped (SIGSTOP or a debugger)\n")
+        reports |= {rank: self._read(rank) for rank in asked if rank not in silent}
+        for rank in silent:
+            send_signal(STACK_SIGNAL, rank)
+        return reports | {rank: self._dumped(rank) for rank in silent}
 
     def _dumped(self, rank: int) -> str:
         deadline = time.monotonic() + _DUMP_S
         text, grown_at = "", time.monotonic()
-        while (now := time.monotonic()) < deadline and not (text and now - grown_at > _SETTLED_S):
+        while (now := time.monotonic()) < deadline and not (self._closing or (text and now - grown_at > _SETTLED_S)):
             if more := self._read(rank):
                 text, grown_at = text + more, now
             time.sleep(0.001)
@@ -106,8 +124,10 @@ class Stacks:
         return data.decode(errors="replace")
 
     def close(self) -> None:
-        for fd in (self.memory, *self.bells.values()):
-            os.close(fd)
+        self._closing = True
+        with self._lock:
+            for fd in (self.memory, *self.bells.values()):
+                os.close(fd)
 
 
 def _with_source(lines: list[str]) -> list[str]:
@@ -118,9 +138,3 @@ def _with_source(lines: list[str]) -> list[str]:
         where = f'  File "{frame["file"]}", line {frame["line"]}, in {frame["name"]}\n'
         frames.append(where + (f"    {source}\n" if source else ""))
     return [*_worker_frames(frames), "  (C code there holds the interpreter)\n"] if frames else []
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-        return stat.read().rpartition(")")[2].split()[0] in ("T", "t")
-    return False

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import os
 import queue
 import random
 import sys
@@ -22,7 +21,6 @@ from exec_core import messages
 from exec_core.messages import Format, Reply, Request, Status
 from exec_core.worker import as_async_output
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
-
 from exec_mp._channel import NOTHING, Incoming, WorkerChannel
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
@@ -101,7 +99,9 @@ _EMPTY = Reply()
 def _decode(message: Incoming) -> tuple[Request | None, Reply]:
     """The request, or why there is none: its arguments may be anything, also classes that cannot be imported here."""
     try:
-        return messages.decode_call(message.name, message.body, message.format, message.wants_value, message.owned), Reply()
+        return messages.decode_call(
+            message.name, message.body, message.format, message.wants_value, message.owned
+        ), Reply()
     except BaseException as error:
         error.add_note("while the arguments were being unpickled in the worker")
         return None, Reply.of_error(error)

@@ -8,18 +8,18 @@ import tempfile
 from typing import ClassVar
 
 from exec_core import devices, logs
+from exec_core.context import WorkerInit
 from exec_core.devices import Placement
 from exec_core.errors import ConfigError
 from exec_core.executor import Executor
 from exec_core.group import WorkerGroup
 from exec_core.inprocess import InProcessGroup
-from exec_core.context import WorkerInit
-
 from exec_mp._channel import SPIN_S
-from exec_mp._group import Hooks, Parts, ProcessGroup
-from exec_mp._layout import Geometry
+from exec_mp._group import ProcessGroup
 from exec_mp._launcher import Session, boot_record, fork_server, run_program
+from exec_mp._layout import Geometry
 from exec_mp._output import WorkerOutput
+from exec_mp._parts import Hooks, Parts
 from exec_mp._worker_main import RENDEZVOUS_FD
 
 _ARENA_BYTES = 1 << 36  # address space only; smaller where limits refuse
@@ -29,7 +29,8 @@ _READ_AT_IMPORT = ("OMP_", "KMP_", "GOMP_", "LD_PRELOAD")  # variables that a fo
 class MultiprocessingDistributedExecutor(Executor):
     """Runs one process per rank, forked from a server that has torch imported, over a shared-memory channel.
 
-    With ``driver_worker="inline"`` rank 0 runs in the caller's process; then a world of one has no other process at all.
+    With ``driver_worker="inline"`` rank 0 runs in the caller's process; then a world of one has no other process at
+    all.
     """
 
     backend: ClassVar[str] = "mp"
@@ -40,7 +41,7 @@ class MultiprocessingDistributedExecutor(Executor):
         if inline and self.world_size == 1:
             placement = devices.place(self._config.device, self._config.parallel, 1)
             return InProcessGroup(self._init(0, placement, None, inline), self._room, self._report_progress)
-        if inline:
+        if inline and self._config.device.device != "none" and self._config.device.distributed_backend != "none":
             _refuse_process_group()
         rpc = self._config.rpc
         preload = rpc.preload if rpc.start_method == "forkserver" else ()
@@ -57,14 +58,14 @@ class MultiprocessingDistributedExecutor(Executor):
             self._config.device, self._config.parallel, self.world_size, count=lambda: _count(session, deadline)
         )
         ranks = self._all_ranks[1:] if inline else self._all_ranks
-        parts = Parts(session, self._geometry(), ranks, self._output)
+        parts = Parts(session, self._geometry(), ranks, self._output, self._private_root)
         try:
             inits = [
                 self._init(rank, placement, RENDEZVOUS_FD if rank in ranks else parts.rendezvous, inline and rank == 0)
                 for rank in self._all_ranks
             ]
             for rank in ranks:
-                parts.pids[rank] = self._fork(parts, placement, rank, deadline)
+                self._fork(parts, placement, rank, deadline)
             hooks = Hooks(failed=self._fail, progress=self._report_progress, room=self._room, log=self._log)
             return ProcessGroup(inits, parts, hooks)
         except BaseException:
@@ -76,7 +77,7 @@ class MultiprocessingDistributedExecutor(Executor):
         path = os.path.join(directory, f"{self._name}-{self.generation}-rank-{rank}.log")
         return WorkerOutput(self._config.log, path, rank, self._log)
 
-    def _fork(self, parts: Parts, placement: Placement, rank: int, deadline: float) -> int:
+    def _fork(self, parts: Parts, placement: Placement, rank: int, deadline: float) -> None:
         device, size = self._config.device, self.world_size
         env = {**placement.env(), **self._config.env_of_rank(rank)}
         handled = placement.kind != "none"
@@ -86,9 +87,7 @@ class MultiprocessingDistributedExecutor(Executor):
         execs = self._config.rpc.start_method == "spawn" or any(name.startswith(_READ_AT_IMPORT) for name in env)
         fds = [*parts.output[rank].descriptors, parts.rendezvous, parts.channel.fd, parts.channel.bells[rank]]
         fds += [parts.channel.bell, parts.stacks.bells[rank], parts.stacks.memory]
-        pid = parts.session.fork(rank, boot, fds, execs=execs, deadline=deadline)
-        parts.output[rank].started(pid)
-        return pid
+        parts.started(rank, *parts.session.fork(rank, boot, fds, execs=execs, deadline=deadline))
 
     def _geometry(self) -> Geometry:
         rpc = self._config.rpc
@@ -134,7 +133,7 @@ def _refuse_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         raise ConfigError(
-            "ParallelConfig.driver_worker", "must be 'process' while this process has a default process group", "inline",
+            "ParallelConfig.driver_worker", "must be 'process' in a process with a default process group", "inline",
             remedy="rank 0 would need one of its own; or destroy the group first",
         )  # fmt: skip
 

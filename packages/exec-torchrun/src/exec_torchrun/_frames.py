@@ -7,6 +7,7 @@ A `Connection` never waits for a half-sent frame: what has come is kept until th
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import select
@@ -18,7 +19,7 @@ import attrs
 
 _HEAD = struct.Struct("<B3xIQdd16s")
 _PART = struct.Struct("<qQ")
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 Part = tuple[int, bytes]
 
@@ -45,9 +46,9 @@ class Kind(enum.IntEnum):
     BYE = 14  # all have left
 
 
-@attrs.frozen
+@attrs.define  # not frozen: some are made for every call, and a frozen one costs three times as much
 class Frame:
-    """One message.
+    """One message. Not changed once made.
 
     Attributes:
         turn: which meeting of the ranks it belongs to.
@@ -74,26 +75,31 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(None)
         self.sock = sock
         self._buffer = bytearray()
         self.ended = False  # the other side has closed, or the connection broke
 
     def send(self, frame: Frame) -> None:
-        """Sends ``frame``; a broken connection shows in `ended`."""
-        head = _HEAD.pack(frame.kind, len(frame.parts), frame.turn, frame.wait_s, frame.limit_s, frame.digest)
-        table = b"".join(_PART.pack(number, len(body)) for number, body in frame.parts)
+        """Sends ``frame``. A broken connection shows when it is read from."""
+        parts = frame.parts
+        data = _HEAD.pack(frame.kind, len(parts), frame.turn, frame.wait_s, frame.limit_s, frame.digest)
+        if parts:
+            table = b"".join([_PART.pack(number, len(body)) for number, body in parts])
+            data = b"".join([data, table, *[body for _, body in parts]])
         try:
-            self.sock.sendall(b"".join((head, table, *(body for _, body in frame.parts))))
+            self.sock.sendall(data)
         except OSError:
-            self.ended = True
+            pass
 
     def receive(self, deadline: float) -> Frame | None:
         """The next frame; None when there is none by ``deadline``, or no more will come (`ended`)."""
         while (frame := self.pop()) is None and not self.ended:
-            if deadline < math.inf and not wait_readable(self.sock, deadline - time.monotonic()):
+            remaining = deadline - time.monotonic()
+            self.sock.settimeout(None if remaining == math.inf else max(0.0, remaining))
+            try:
+                self.fill(0)
+            except TimeoutError:
                 return None
-            self.fill(0)
         return frame
 
     def fill(self, flags: int) -> None:
@@ -102,6 +108,8 @@ class Connection:
             data = self.sock.recv(_CHUNK, flags)
         except BlockingIOError:
             return
+        except TimeoutError:
+            raise
         except OSError:
             data = b""
         if data:

@@ -3,8 +3,8 @@
     Member.exchange(word) --frame--> Hub (Rounds decides) --verdict--> every rank
 
 The hub answers at any time, also while its own rank is elsewhere: a thread waits for frames and for what is due. While the
-hub's rank is in an exchange itself, it serves in its own thread and the thread's wait is disarmed: handing every frame from
-thread to thread would double the time of a call.
+hub's rank makes calls it serves in its own thread, and the other one is not armed, but only looks every `_TICK_S` whether the
+rank still does: waking it for every frame would multiply the time of a call.
 
 Guarantees: every exchange of a turn ends with the same verdict on every rank; a rank whose process ends is noticed at once,
 since the kernel closes its connection.
@@ -12,6 +12,7 @@ since the kernel closes its connection.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
@@ -24,6 +25,7 @@ from typing import Protocol
 from exec_torchrun._frames import Connection, Frame, Kind
 from exec_torchrun._rounds import DESCRIBE_S, Outgoing, Rounds
 
+_TICK_S = 0.05
 _SILENCE_S = 10.0  # how much later than due a verdict may come before the hub's machine counts as gone
 
 Describe = Callable[[], str]
@@ -56,6 +58,7 @@ class Member:
 
     def exchange(self, word: Frame, describe: Describe = str) -> Frame:
         patience_s = min(word.limit_s, word.wait_s) + DESCRIBE_S + _SILENCE_S
+        self._connection.fill(socket.MSG_DONTWAIT)  # a verdict may be waiting, which a failing send would throw away
         self._connection.send(word)
         return self._verdict(word.turn, time.monotonic() + patience_s, describe) or self._hub_gone
 
@@ -79,24 +82,28 @@ class Member:
 class Hub:
     """The end of the replica's first rank, which decides for all.
 
-    ``_rounds``, ``_inbox`` and ``_inner`` belong to whoever holds ``_serving``: the thread, or the rank while it exchanges.
-    ``_outer`` watches ``_inner`` for the thread; its mask is cleared while the rank serves.
+    What is below ``_serving`` belongs to whoever holds it: the thread, or the rank while it exchanges. ``_inner`` watches the
+    connections, ``_outer`` watches ``_inner`` for the thread, with an empty mask unless ``_armed``.
     """
 
     def __init__(self, members: Mapping[int, Connection], pids: Mapping[int, int]) -> None:
-        self._members = dict(members)
         self._pids = dict(pids)
+        self._serving = threading.Lock()
+        self._members = dict(members)
         self._rounds = Rounds(len(members) + 1)
         self._inbox: list[Frame] = []  # verdicts for our own rank
-        self._serving = threading.Lock()
-        self._closed = False  # written under _serving
+        self._armed = False
+        self._exchanged = True  # since the thread last looked
+        self._closed = False
         self._inner, self._outer = select.epoll(), select.epoll()
         self._by_fd = {connection.sock.fileno(): index for index, connection in members.items()}
         for fd in self._by_fd:
             self._inner.register(fd, select.EPOLLIN)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._outer.register(self._wake, select.EPOLLIN)
-        self._outer.register(self._inner.fileno(), select.EPOLLIN)
+        self._outer.register(self._inner.fileno(), 0)
+        for index in self._members:
+            self._take(index)  # what came right behind its HELLO
         self._thread = threading.Thread(target=self._attend, name="exec-torchrun-hub", daemon=True)
         self._thread.start()
 
@@ -114,18 +121,22 @@ class Hub:
 
     def _meet(self, word: Frame, deadline: float, describe: Describe) -> Frame | None:
         with self._serving:
-            self._outer.modify(self._inner.fileno(), 0)
-            try:
-                self._deliver(self._rounds.arrive(0, word, time.monotonic()))
-                while (verdict := self._verdict(word.turn, describe)) is None:
-                    until = min(deadline, self._rounds.due)
-                    self._serve(until)
-                    if time.monotonic() >= deadline:
-                        return None
-                return verdict
-            finally:
-                self._outer.modify(self._inner.fileno(), select.EPOLLIN)
-                os.eventfd_write(self._wake, 1)  # what is due may have changed
+            self._exchanged = True
+            self._arm(on=False)
+            self._deliver(self._rounds.arrive(0, word, time.monotonic()))
+            while (verdict := self._verdict(word.turn, describe)) is None:
+                if time.monotonic() >= deadline:
+                    return None
+                self._serve(min(deadline, self._rounds.due))
+            return verdict
+
+    def _arm(self, *, on: bool) -> None:
+        """Whether the thread is to wake for every frame; it is told when it has been waiting for nothing else."""
+        if on is not self._armed:
+            self._armed = on
+            self._outer.modify(self._inner.fileno(), select.EPOLLIN if on else 0)
+            if not on:
+                os.eventfd_write(self._wake, 1)  # it waits for frames only, from now on it has to look by itself
 
     def _verdict(self, turn: int, describe: Describe) -> Frame | None:
         while self._inbox:
@@ -139,17 +150,19 @@ class Hub:
 
     def _attend(self) -> None:
         """The thread: serves while our rank does not."""
+        pause_s: float | None = _TICK_S
         while True:
-            due = self._rounds.due
-            self._outer.poll(None if due == math.inf else max(0.0, due - time.monotonic()))
+            self._outer.poll(pause_s)
             with self._serving:
                 if self._closed:
                     return
-                try:
+                with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-                except BlockingIOError:
-                    pass
+                self._arm(on=not self._exchanged)
+                self._exchanged = False
                 self._serve(0.0)
+                due = self._rounds.due
+                pause_s = _TICK_S if not self._armed else None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _serve(self, until: float) -> None:
         """Takes what has come, waiting until then for something to come, and says what is due."""
@@ -158,11 +171,14 @@ class Hub:
             index = self._by_fd[fd]
             connection = self._members[index]
             connection.fill(socket.MSG_DONTWAIT)
-            while (frame := connection.pop()) is not None:
-                self._deliver(self._rounds.arrive(index, frame, time.monotonic()))
+            self._take(index)
             if connection.ended:
                 self._lose(index)
         self._deliver(self._rounds.expire(time.monotonic()))
+
+    def _take(self, index: int) -> None:
+        while (frame := self._members[index].pop()) is not None:
+            self._deliver(self._rounds.arrive(index, frame, time.monotonic()))
 
     def _deliver(self, outgoing: Outgoing) -> None:
         for index, frame in outgoing:

@@ -40,7 +40,7 @@ class Rounds:
         self._absent_are_late = False
         self._inside: set[int] = set()  # ranks that were told GO and have said nothing since
         self._last_call = [b"none"] * size
-        self._dead: Frame | None = None
+        self._final: Frame | None = None  # DIED or BYE: nothing comes after it
 
     @property
     def due(self) -> float:
@@ -49,8 +49,8 @@ class Rounds:
 
     def arrive(self, rank: int, frame: Frame, now: float) -> Outgoing:
         """``frame`` has come from ``rank``."""
-        if self._dead is not None:
-            return [(rank, self._dead)]
+        if self._final is not None:
+            return [(rank, self._final)]
         if frame.kind is Kind.TEXT:
             if self._texts is None or frame.turn != self.turn:
                 return []
@@ -72,7 +72,7 @@ class Rounds:
     def gone(self, rank: int, pid: int) -> Outgoing:
         """The connection to ``rank`` has ended."""
         word = self._words.get(rank)
-        if self._dead is not None or (word is not None and word.kind is Kind.LEAVE):
+        if self._final is not None or (word is not None and word.kind is Kind.LEAVE):
             return []
         return self._die(rank, pid)
 
@@ -91,7 +91,7 @@ class Rounds:
 
     def leave(self) -> Outgoing:
         """The hub goes now: whoever has not left is told so."""
-        return [] if self._dead is not None else self._verdict(Kind.DIVERGED, self._described())
+        return [] if self._final is not None else self._verdict(Kind.DIVERGED, self._described())
 
     # One of the two ways a turn goes
 
@@ -152,14 +152,16 @@ class Rounds:
         return self._verdict(Kind.TIMEOUT, self._absent())
 
     def _die(self, rank: int, pid: int) -> Outgoing:
-        self._dead = Frame(Kind.DIED, self.turn, ((rank, str(pid).encode()),))
+        self._final = Frame(Kind.DIED, self.turn, ((rank, str(pid).encode()),))
         self._over = self._apart = math.inf
-        return [(other, self._dead) for other in range(self._size) if other != rank]
+        return [(other, self._final) for other in range(self._size) if other != rank]
 
     def _verdict(self, kind: Kind, parts: tuple[Part, ...] = ()) -> Outgoing:
         verdict = Frame(kind, self.turn, parts)
         if kind is Kind.GO:
             self._inside = set(range(self._size))
+        elif kind is Kind.BYE:
+            self._final = verdict
         self.turn += 1
         self._words, self._texts = {}, None
         self._over = self._apart = math.inf

@@ -7,11 +7,11 @@ import tempfile
 from typing import ClassVar
 
 from exec_core.config import ExecutorConfig
+from exec_core.context import WorkerInit
 from exec_core.devices import index_in_this_process, place
 from exec_core.errors import ConfigError
 from exec_core.executor import Executor
 from exec_core.inprocess import InProcessGroup
-from exec_core.context import WorkerInit
 
 
 class UniProcExecutor(Executor):
@@ -22,7 +22,7 @@ class UniProcExecutor(Executor):
 
     backend: ClassVar[str] = "uniproc"
 
-    def _launch(self, deadline: float) -> InProcessGroup:
+    def _launch(self, deadline: float) -> InProcessGroup:  # noqa: ARG002 # nothing here takes time
         _check(self._config)
         return InProcessGroup(self._worker_init(), self._room, self._report_progress)
 

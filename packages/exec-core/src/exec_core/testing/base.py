@@ -14,6 +14,7 @@ import pytest
 from exec_core.backends import create_executor
 from exec_core.config import DeviceConfig, ExecutorConfig, LogConfig, ParallelConfig, RpcConfig
 from exec_core.executor import Executor
+from exec_core.lifecycle import State
 from exec_core.testing.leaks import leak_check
 from exec_core.testing.sync import Gate
 from exec_core.testing.workers import EchoWorker
@@ -31,11 +32,14 @@ class ContractBase:
         parallel: the world to test.
         local_ranks: ranks that run in the caller's process. There arguments and results pass by reference and a running
             method cannot be interrupted; the contract asserts that instead.
+        alone: a process can hold one such executor at a time, since torch has one default process group.
     """
 
     backend: ClassVar[str | type[Executor]] = "uniproc"
     parallel: ClassVar[ParallelConfig] = ParallelConfig()
     local_ranks: ClassVar[frozenset[int]] = frozenset()
+    alone: ClassVar[bool] = False
+    _shared: ClassVar[Executor | None] = None  # the class's executor, started again when a test has needed the place
 
     @classmethod
     def make_config(cls, worker_cls: Any = EchoWorker, **changes: Any) -> ExecutorConfig:
@@ -83,24 +87,36 @@ class ContractBase:
         cls.warm_up()
         with leak_check():
             yield
+            cls._close_shared()
 
-    @pytest.fixture(scope="class")
     @classmethod
-    def executor(cls, _class_leaves_nothing: None) -> Iterator[Executor]:
-        """One executor of `EchoWorker` for the class: tests leave it as they found it."""
-        with create_executor(cls.make_config(worker_kwargs={"shared": True})) as executor:
-            yield executor
-
-    @pytest.fixture(autouse=True)
-    def _test_leaves_nothing(self) -> Iterator[None]:
-        # The class's executor starts threads when they are first needed, and keeps them.
-        with leak_check(allowed=lambda kind, item: kind == "threads" and item in _LATE_THREADS):
-            yield
+    def _close_shared(cls) -> None:
+        shared, cls._shared = cls._shared, None
+        if shared is not None:
+            shared.shutdown()
 
     @pytest.fixture
-    def start(self, _test_leaves_nothing: None) -> Iterator[Start]:
+    def _shared_executor(self) -> Executor:
+        cls = type(self)
+        if cls._shared is not None and cls._shared.state is not State.READY:
+            cls._close_shared()  # a test before has failed
+        if cls._shared is None:
+            cls._shared = create_executor(self.make_config(worker_kwargs={"shared": True}))
+        return cls._shared
+
+    @pytest.fixture
+    def executor(self, _shared_executor: Executor) -> Iterator[Executor]:
+        """One executor of `EchoWorker` for the class: tests leave it as they found it."""
+        # It starts threads when they are first needed, and keeps them.
+        with leak_check(allowed=lambda kind, item: kind == "threads" and item in _LATE_THREADS, orphans=False):
+            yield _shared_executor
+
+    @pytest.fixture
+    def start(self) -> Iterator[Start]:
         """``start(worker_cls, on_progress=None, **changes)``: a ready executor for this test alone, closed after it."""
-        with contextlib.ExitStack() as stack:
+        if self.alone:
+            self._close_shared()
+        with leak_check(), contextlib.ExitStack() as stack:
 
             def started(worker_cls: Any = EchoWorker, on_progress: Any = None, **changes: Any) -> Executor:
                 config = self.make_config(worker_cls, **changes)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from exec_core.testing.calls import CallContract
+from exec_core.testing.engine import EngineContract
+from exec_core.testing.failures import FailureContract
 from exec_core.testing.futures import FutureContract
+from exec_core.testing.lifecycle import LifecycleContract
+from exec_core.testing.start import StartContract
 from exec_core.testing.values import ValueContract
 
 
-class ExecutorContract(CallContract, FutureContract, ValueContract):
+class ExecutorContract(
+    CallContract, ValueContract, FailureContract, FutureContract, EngineContract, LifecycleContract, StartContract
+):
     """Subclass it in a test module, say which backend and which world, and run it with pytest.
 
     See `ContractBase` for what a subclass sets.

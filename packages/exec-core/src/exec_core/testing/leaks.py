@@ -18,6 +18,7 @@ import attrs
 from exec_core.testing.sync import eventually
 
 _MARK = "EXEC_CORE_LEAK_CHECK"  # in the environment of every process that starts inside `leak_check`
+_KEPT = "torchinductor_"  # torch's cache of compiled code, made by its profiler too, and kept by design
 _SETTLE_S = 3.0  # for what ends by itself: a thread in its last lines, a process that is being reaped
 
 
@@ -26,7 +27,7 @@ class Snapshot:
     """What exists now. Numbers in names (descriptors, pids, inodes) are left out, so that like is equal to like.
 
     Attributes:
-        processes: command lines of all descendants, orphans included.
+        processes: command lines of all descendants.
         descriptors: what this process has open.
         threads: names of this process's threads.
         shared_memory: entries of /dev/shm.
@@ -48,34 +49,37 @@ class Snapshot:
         return {name: items for name, items in added.items() if items}
 
 
-def snapshot() -> Snapshot:
-    """What exists now, see `Snapshot`."""
+def snapshot(*, orphans: bool = True) -> Snapshot:
+    """What exists now, see `Snapshot`. Looking for ``orphans`` reads the environment of every process of the machine."""
     return Snapshot(
-        processes=Counter(_like(_command(pid)) for pid in descendants()),
+        processes=Counter(_like(_command(pid)) for pid in (descendants() | (_marked_processes() if orphans else set()))),
         descriptors=Counter(map(_like, _descriptors())),
         threads=Counter(thread.name for thread in threading.enumerate()),
         shared_memory=Counter(os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else ()),  # noqa: S108 # only listed
-        temporary=Counter(map(_like, os.listdir(tempfile.gettempdir()))),
+        temporary=Counter(_like(name) for name in os.listdir(tempfile.gettempdir()) if not name.startswith(_KEPT)),
     )
 
 
 @contextlib.contextmanager
-def leak_check(*, allowed: Callable[[str, str], bool] = lambda kind, item: False) -> Iterator[None]:
+def leak_check(
+    *, allowed: Callable[[str, str], bool] = lambda kind, item: False, orphans: bool = True
+) -> Iterator[None]:
     """Fails when more is there at the end of the block than at its start.
 
     Inside, `tempfile` uses a directory of the block's own, which must be empty in the end.
 
     Args:
         allowed: ``fn(kind, item)`` for what may stay; ``kind`` is an attribute of `Snapshot`.
+        orphans: look also for processes that have started in here and have lost their parent; takes longer.
 
     Raises:
         AssertionError: listing what was left behind.
     """
     with _marked(), _own_tempdir():
-        before = snapshot()
+        before = snapshot(orphans=orphans)
 
         def left() -> dict[str, list[str]]:
-            added = snapshot().added_since(before)
+            added = snapshot(orphans=orphans).added_since(before)
             kept = {kind: [item for item in items if not allowed(kind, item)] for kind, items in added.items()}
             return {kind: items for kind, items in kept.items() if items}
 
@@ -117,21 +121,29 @@ def _own_tempdir() -> Iterator[None]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def descendants() -> list[int]:
-    """Pids of this process's children and theirs, and of orphans that carry the mark of a `leak_check`."""
+def descendants() -> set[int]:
+    """Pids of this process's children, and theirs, and so on; zombies included."""
+    found: set[int] = set()
+    waiting = [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                children = {int(child) for child in _read(pid, f"task/{thread}/children").split()} - found
+                found |= children
+                waiting += children
+    return found
+
+
+def _marked_processes() -> set[int]:
+    """Processes that were started inside `leak_check`, whoever is their parent now."""
     mark = f"{_MARK}={os.environ.get(_MARK, '?')}".encode()
-    parents: dict[int, int] = {}
-    marked = set()
+    found = set()
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile
-            parents[pid] = int(_read(pid, "stat").rpartition(b")")[2].split()[1])
         with contextlib.suppress(OSError):
             if mark in _read(pid, "environ").split(b"\0"):
-                marked.add(pid)
-    ours, found = os.getpid(), set(marked)
-    while more := {pid for pid, parent in parents.items() if parent == ours or parent in found} - found:
-        found |= more
-    return sorted(found - {ours})
+                found.add(pid)
+    return found - {os.getpid()}
 
 
 def _read(pid: int, name: str) -> bytes:

@@ -1,0 +1,169 @@
+"""The run: which peer is measured when.
+
+For each number of workers all peers are started; then, round after round and case after case, they take turns. Peers that
+cost something while they wait are started anew in each round, after the others have had their turn.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.environments import python_for
+from bench.peer import AbsentError
+from bench.peers import ALL_N, PeerSpec
+from bench.plan import CASES, QUICK_N, Case, quick
+from bench.process import PeerProcess, run_own
+from bench.results import Results
+
+_OWN_S = 1200.0  # for one of our own programs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run.
+
+    Attributes:
+        groups: of cases.
+        peers: who takes part.
+        rounds: alternated runs.
+        ns: numbers of workers.
+        quick: only to see that everything works.
+        calls, tensors: counts of the growth cases.
+        output: directory for logs.
+    """
+
+    groups: Sequence[str]
+    peers: Sequence[PeerSpec]
+    rounds: int
+    ns: Sequence[int]
+    quick: bool
+    calls: int
+    tensors: int
+    output: Path
+
+    @property
+    def cases(self) -> list[Case]:
+        chosen = [case for case in CASES if case.group in self.groups]
+        return [short for case in chosen if (short := quick(case))] if self.quick else chosen
+
+
+class Campaign:
+    """Runs everything and keeps what it found in ``results``."""
+
+    def __init__(self, settings: Settings, results: Results) -> None:
+        self._settings, self._results = settings, results
+        self._logs = settings.output / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._pythons: dict[str, str] = {}
+
+    def run(self) -> None:
+        """All cases."""
+        settings = self._settings
+        for spec in settings.peers:
+            try:
+                self._pythons[spec.name] = python_for(spec, self._log(spec.name))
+            except AbsentError as absent:
+                self._results.miss(spec.name, None, None, str(absent))
+        for n in settings.ns:
+            cases = [case for case in settings.cases if n in case.ns]
+            if cases:
+                self._run_n(n, cases)
+        for number in range(settings.rounds):
+            self._run_own(number)
+
+    def _log(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    def _run_n(self, n: int, cases: Sequence[Case]) -> None:
+        peers = [spec for spec in self._settings.peers if n in spec.ns and spec.name in self._pythons]
+        with ExitStack() as stack:
+            resident = self._start(n, [spec for spec in peers if spec.resident], stack)
+            for number in range(self._settings.rounds):
+                _say(f"N={n}, round {number + 1} of {self._settings.rounds}")
+                for case in cases:
+                    turn = number % max(1, len(resident))
+                    for peer in resident[turn:] + resident[:turn]:
+                        self._measure(peer, case, number)
+                for spec in peers:
+                    if not spec.resident:
+                        self._visit(spec, n, cases, number)
+
+    def _visit(self, spec: PeerSpec, n: int, cases: Iterable[Case], number: int) -> None:
+        with ExitStack() as stack:
+            for peer in self._start(n, [spec], stack, number):
+                for case in cases:
+                    self._measure(peer, case, number)
+
+    def _start(
+        self, n: int, specs: Sequence[PeerSpec], stack: ExitStack, number: int | None = None
+    ) -> list[PeerProcess]:
+        """Starts peers side by side. With ``number``, of the round, how long that took counts as a start."""
+        started: list[PeerProcess] = []
+        for spec in specs:
+            started.append(PeerProcess(spec, n, self._pythons[spec.name], self._log(spec.name)))
+            stack.callback(started[-1].stop)
+        stack.callback(lambda: [peer.leave() for peer in started])  # runs first: they end side by side
+        able = []
+        for peer in started:
+            try:
+                ready = peer.ready()
+            except AbsentError as absent:
+                self._results.miss(peer.spec.name, None, n, str(absent))
+                continue
+            self._results.versions[peer.spec.name] = ready["version"]
+            if number is not None:
+                self._results.add("start", peer.spec.name, n, number, {"ready_s": ready["start_s"]})
+            able.append(peer)
+        for peer in able:
+            if peer.spec.resident:
+                peer.settle()
+        return able
+
+    def _measure(self, peer: PeerProcess, case: Case, number: int) -> None:
+        spec = peer.spec
+        if (spec.workloads is not None and case.workload not in spec.workloads) or (case.once and number > 0):
+            return
+        if not peer.alive:
+            self._results.miss(spec.name, case.name, peer.n, "its process has ended")
+            return
+        try:
+            metrics = peer.ask(case.workload, case.params)
+        except AbsentError as absent:
+            self._results.miss(spec.name, case.name, peer.n, str(absent))
+        else:
+            self._results.add(case.name, spec.name, peer.n, number, metrics)
+        if spec.resident:
+            peer.settle()
+
+    def _run_own(self, number: int) -> None:
+        settings, runs = self._settings, []
+        most = 2 if settings.quick else 8
+        if "import" in settings.groups:
+            runs.append(("import_exec_core", "exec-core", 1, ["bench.startup", "import-exec-core"]))
+        if "start" in settings.groups:
+            runs.append(("import_torch", "torch", 1, ["bench.startup", "import-torch"]))
+            kinds = ("exec-mp",) if settings.quick else ("exec-mp", "exec-mp-spawn", "mp-spawn")
+            for n in (most,) if settings.quick else ALL_N:
+                runs += [("start", kind, n, ["bench.startup", kind, str(n)]) for kind in kinds]
+        if "uniproc" in settings.groups:
+            count = 1000 if settings.quick else 20_000
+            runs.append(("uniproc", "exec-uniproc", 1, ["bench.upkeep", "uniproc", str(count)]))
+        if "growth" in settings.groups and number == 0:
+            for name, count in (("calls", settings.calls), ("tensors", settings.tensors)):
+                runs.append(
+                    (f"growth_{name}", "exec-mp", QUICK_N[-1], ["bench.upkeep", name, str(count), str(QUICK_N[-1])])
+                )
+        for case, peer, n, arguments in runs:
+            _say(f"{' '.join(arguments)}, round {number + 1} of {settings.rounds}")
+            try:
+                self._results.add(case, peer, n, number, run_own(arguments, _OWN_S, self._log(case)))
+            except AbsentError as absent:
+                self._results.miss(peer, case, n, str(absent))
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

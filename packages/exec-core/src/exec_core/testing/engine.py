@@ -1,0 +1,286 @@
+"""The contract of an engine's calls: steps, pipelines, the execution loop, cache, sleep, profile, weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exec_core.config import CacheConfig
+from exec_core.errors import ExecutorBusyError
+from exec_core.executor import Executor
+from exec_core.testing import workers
+from exec_core.testing.base import ContractBase, Start
+from exec_core.testing.sync import Gate
+
+torch = pytest.importorskip("torch")
+
+
+class EngineContract(ContractBase):
+    """What an inference engine asks of an executor."""
+
+    def drivers(self) -> list[int]:
+        """First rank of each tensor-parallel group."""
+        return self.world()[:: self.parallel.tensor_parallel_size]
+
+    def steps(self, executor: Executor) -> list[list[Any]]:
+        """What each rank was given to execute; forgotten after this."""
+        entries = executor.collective_rpc("entries", args=("step",))
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+        return [[request for _, request in of_rank] for of_rank in entries]
+
+    # Steps
+
+    def test_step_runs_everywhere_and_returns_the_output_ranks_value(self, executor: Executor) -> None:
+        """``execute_model`` runs on every rank and returns the value of the first TP rank of the last stage, itself."""
+        self.steps(executor)
+        tp, pp = self.parallel.tensor_parallel_size, self.parallel.pipeline_parallel_size
+
+        assert ((pp - 1) * tp, "r") == executor.execute_model("r")
+        assert (pp - 1) * tp == executor.output_rank
+        assert [["r"]] * len(self.world()) == self.steps(executor)
+
+    def test_step_as_a_future(self, executor: Executor) -> None:
+        """``execute_model(non_block=True)`` returns a future of the one value."""
+        assert (executor.output_rank, "r") == executor.execute_model("r", non_block=True).result(30)
+
+    def test_step_awaited(self, executor: Executor) -> None:
+        """``execute_model_async`` awaits the one value."""
+        assert (executor.output_rank, "r") == asyncio.run(executor.execute_model_async("r"))
+
+    def test_steps_keep_their_order(self, executor: Executor) -> None:
+        """Many steps in flight: each rank runs them in the order of the calls, and each caller gets its own value."""
+
+        async def main() -> Any:
+            return await asyncio.gather(*(executor.execute_model_async(n) for n in range(20)))
+
+        self.steps(executor)
+        assert [(executor.output_rank, n) for n in range(20)] == asyncio.run(main())
+        assert [list(range(20))] * len(self.world()) == self.steps(executor)
+
+    def test_as_many_steps_in_flight_as_stages(self, start: Start, gate: Gate) -> None:
+        """Without configuring anything, one step per stage and one more can be in flight."""
+        executor = start(workers.AsyncOutputWorker, worker_kwargs={"gate": gate})
+        futures = [
+            executor.execute_model(n, non_block=True) for n in range(2 * (self.parallel.pipeline_parallel_size + 1))
+        ]
+        gate.open()
+
+        assert [n for n, _ in (future.result(30) for future in futures)] == list(range(len(futures)))
+
+    def test_error_of_a_step(self, executor: Executor) -> None:
+        """What a rank raises in a step, ``execute_model`` raises, in all three forms."""
+        with pytest.raises(ValueError, match="bad"):
+            executor.execute_model(ValueError("bad"))
+        with pytest.raises(ValueError, match="bad"):
+            executor.execute_model(ValueError("bad"), non_block=True).result(30)
+        with pytest.raises(ValueError, match="bad"):
+            asyncio.run(executor.execute_model_async(ValueError("bad")))
+
+    def test_output_rank_can_be_chosen(self, start: Start) -> None:
+        """``ExecutorConfig.output_rank`` says whose value a step returns."""
+        assert (0, "r") == start(output_rank=0).execute_model("r")
+
+    def test_worker_without_execute_model_says_so(self, start: Start) -> None:
+        """The default hook is an error that names class and method."""
+        from exec_core.worker import Worker
+
+        with pytest.raises(NotImplementedError, match="Worker does not implement execute_model"):
+            start(Worker).execute_model("r")
+
+    # The execution loop
+
+    def test_execution_loop(self, executor: Executor) -> None:
+        """While the loop runs, a step is sent to the TP drivers only and still reaches every rank; stopping it ends it."""
+        self.steps(executor)
+        ended = executor.start_worker_execution_loop()
+        values = [executor.execute_model(n) for n in range(3)]
+        executor.stop_remote_worker_execution_loop()
+
+        assert [(executor.output_rank, n) for n in range(3)] == values
+        ended.result(30)
+        assert [[0, 1, 2]] * len(self.world()) == self.steps(executor)
+        assert (executor.output_rank, "after") == executor.execute_model("after")
+
+    def test_execution_loop_in_asyncio(self, executor: Executor) -> None:
+        """Steps and the end of the loop can be awaited."""
+
+        async def main() -> Any:
+            executor.start_worker_execution_loop()
+            values = await asyncio.gather(*(executor.execute_model_async(n) for n in range(3)))
+            await executor.stop_remote_worker_execution_loop_async()
+            return values
+
+        assert [(executor.output_rank, n) for n in range(3)] == asyncio.run(main())
+
+    def test_none_ends_the_execution_loop(self, executor: Executor) -> None:
+        """A step of None ends the loop, as stopping it does."""
+        ended = executor.start_worker_execution_loop()
+
+        assert executor.execute_model(None) is None
+        ended.result(30)
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
+
+    def test_stopping_without_a_loop_is_fine(self, executor: Executor) -> None:
+        """Without a loop there is nothing to stop."""
+        executor.stop_remote_worker_execution_loop()
+        asyncio.run(executor.stop_remote_worker_execution_loop_async())
+
+    def test_call_to_a_looping_rank_is_refused(self, executor: Executor) -> None:
+        """A call to a rank that is in the loop would wait for its end, and is refused; the drivers can be called."""
+        looping = [rank for rank in self.world() if rank not in self.drivers()]
+        executor.start_worker_execution_loop()
+        try:
+            if looping:
+                with pytest.raises(ExecutorBusyError, match=r"ranks \[1\] are in the execution loop"):
+                    executor.collective_rpc("where")
+                with pytest.raises(ExecutorBusyError, match="the loop runs already"):
+                    executor.start_worker_execution_loop()
+            assert [(rank, 1) for rank in self.drivers()] == executor.collective_rpc(
+                "where", args=(1,), ranks=self.drivers()
+            )
+        finally:
+            executor.stop_remote_worker_execution_loop()
+
+    def test_stopping_raises_what_a_rank_raised_in_the_loop(self, start: Start) -> None:
+        """An error of a rank in the loop is raised by the step or by stopping, not lost, and the executor goes on."""
+        executor = start(workers.FailingWorker, worker_kwargs={"phase": "execute_model", "rank": self.last()})
+        executor.start_worker_execution_loop()
+        with pytest.raises(ValueError, match="told to fail in execute_model"):
+            executor.execute_model("r")
+            executor.stop_remote_worker_execution_loop()
+        executor.stop_remote_worker_execution_loop()
+
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", 30.0, args=(1,))
+
+    # Groups
+
+    @pytest.mark.parametrize("group", ["tp", "pp", "dp", "world"])
+    def test_collectives(self, executor: Executor, group: str) -> None:
+        """An all_reduce in each group adds up over exactly that group's ranks."""
+        tp = self.parallel.tensor_parallel_size
+        members = {
+            "tp": lambda rank: [other for other in self.world() if other // tp == rank // tp],
+            "pp": lambda rank: [other for other in self.world() if other % tp == rank % tp],
+            "dp": lambda rank: [rank],
+            "world": lambda rank: self.world(),
+        }[group]
+
+        assert [float(sum(members(rank))) for rank in self.world()] == executor.collective_rpc(
+            workers.add_up_ranks, 30.0, args=(group,)
+        )
+
+    def test_groups_know_their_ranks(self, executor: Executor) -> None:
+        """Each group lists its global ranks and this worker's position among them."""
+
+        def described(worker: Any) -> dict[str, Any]:
+            groups = worker.context.groups
+            return {name: (getattr(groups, name).ranks, getattr(groups, name).rank) for name in ("tp", "pp", "world")}
+
+        tp = self.parallel.tensor_parallel_size
+        for rank, groups in enumerate(executor.collective_rpc(described)):
+            assert (tuple(r for r in self.world() if r // tp == rank // tp), rank % tp) == groups["tp"]
+            assert (tuple(r for r in self.world() if r % tp == rank % tp), rank // tp) == groups["pp"]
+            assert (tuple(self.world()), rank) == groups["world"]
+
+    # Cache
+
+    def test_number_of_blocks_is_the_minimum(self, executor: Executor) -> None:
+        """``determine_num_available_blocks`` is the minimum over the ranks, device and host apart."""
+        assert (100 - self.last(), 10) == executor.determine_num_available_blocks()
+
+    def test_initialize_cache_reaches_every_rank(self, executor: Executor) -> None:
+        """``initialize_cache`` gives every rank both numbers."""
+        executor.initialize_cache(7, 3)
+        entries = executor.collective_rpc("entries", args=("cache",))
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+
+        assert [[("cache", 7, 3)]] * len(self.world()) == entries
+
+    def test_default_worker_takes_blocks_from_the_config(self, start: Start) -> None:
+        """A worker that does not profile has the blocks that the configuration says."""
+        from exec_core.worker import Worker
+
+        executor = start(Worker, cache=CacheConfig(num_gpu_blocks=5, num_cpu_blocks=2))
+
+        assert (5, 2) == executor.determine_num_available_blocks()
+
+    # Sleep, model, profile, weights
+
+    def test_sleep_and_wake_up(self, executor: Executor) -> None:
+        """``sleep`` and ``wake_up`` reach every rank once, and ``is_sleeping`` follows."""
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+        assert not executor.is_sleeping
+        executor.sleep(level=2)
+        assert executor.is_sleeping
+        executor.sleep(level=1)
+        executor.wake_up()
+        assert not executor.is_sleeping
+        executor.wake_up()
+        journals = executor.collective_rpc(lambda worker: list(worker.journal))
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+
+        assert [[("sleep", 2), ("wake_up", None)]] * len(self.world()) == journals
+
+    def test_wake_up_by_tags(self, executor: Executor) -> None:
+        """Waking some tags leaves the executor asleep until the others are awake too."""
+        executor.sleep()
+        executor.wake_up(["weights"])
+        assert executor.is_sleeping
+        executor.wake_up(["kv_cache"])
+        assert not executor.is_sleeping
+        tags = executor.collective_rpc("entries", args=("wake_up",))
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+
+        assert [[("wake_up", ["weights"]), ("wake_up", ["kv_cache"])]] * len(self.world()) == tags
+
+    def test_apply_model(self, executor: Executor) -> None:
+        """``apply_model`` runs a function on the model of every rank."""
+        assert [8.0 * rank for rank in self.world()] == executor.apply_model(lambda model: model.weight.sum().item())
+
+    def test_profile(self, executor: Executor) -> None:
+        """Starting and stopping a profile gives one table per rank; stopping without one is an error."""
+        executor.start_profile()
+        executor.collective_rpc(lambda worker: __import__("torch").ones(8).sum().item())
+        tables = executor.stop_profile()
+
+        assert [True] * len(self.world()) == ["aten::sum" in table for table in tables]
+        with pytest.raises(Exception, match="no profile is running"):
+            executor.stop_profile()
+
+    def test_save_sharded_state(self, executor: Executor, tmp_path: Path) -> None:
+        """Every rank writes its own weights into the directory, in parts of at most ``max_size`` bytes."""
+        executor.save_sharded_state(os.fspath(tmp_path / "whole"))
+        executor.save_sharded_state(os.fspath(tmp_path / "parts"), pattern="w-{rank}-{part}.pt", max_size=32)
+
+        for rank in self.world():
+            (whole,) = (tmp_path / "whole").glob(f"*rank-{rank}-*")
+            state = torch.load(whole)
+            assert ({"weight", "bias"}, float(rank)) == (set(state), state["bias"][0].item())
+            parts = [torch.load(tmp_path / "parts" / f"w-{rank}-{part}.pt") for part in range(2)]
+            assert [["weight"], ["bias"]] == [list(part) for part in parts]
+        assert 2 * len(self.world()) == len(os.listdir(tmp_path / "parts"))
+
+    def test_check_health(self, executor: Executor) -> None:
+        """A running executor is healthy, also while its workers work."""
+        executor.check_health()
+
+    def test_health_does_not_queue_behind_work(self, executor: Executor, gate: Gate) -> None:
+        """``check_health`` and ``workers`` answer while every rank is inside a call, and say which."""
+        assert ["idle"] * len(self.world()) == [worker.state for worker in executor.workers]
+        future = executor.collective_rpc(workers.wait_at, args=(gate,), non_block=True)
+        gate.entered(self.world())
+        executor.check_health()
+        busy = executor.workers
+        gate.open()
+        future.result(30)
+
+        assert [(rank, "busy", "wait_at", False) for rank in self.world()] == [
+            (worker.rank, worker.state, worker.method, worker.timed_out) for worker in busy
+        ]
+        assert all(worker.busy_s > 0 for worker in busy)
+        pids = executor.collective_rpc(lambda worker: os.getpid())
+        assert pids == [worker.pid for worker in executor.workers]

@@ -1,0 +1,354 @@
+"""The contract of starting: what a worker is given, in which order, and what happens when it does not come up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from exec_core.backends import create_executor
+from exec_core.config import DeviceConfig, RpcConfig
+from exec_core.errors import ConfigError, WorkerError, WorkerStartupError
+from exec_core.executor import Executor
+from exec_core.lifecycle import State
+from exec_core.testing import workers
+from exec_core.testing.base import ContractBase, Start
+from exec_core.testing.sync import Gate, eventually
+
+WORKERS = "exec_core.testing.workers"
+
+
+def described(worker: Any) -> dict[str, Any]:
+    """The plain fields of a worker's context."""
+    names = (
+        "rank local_rank world_size tp_rank tp_size pp_rank pp_size dp_rank dp_size is_driver_worker executor backend "
+        "generation in_driver"
+    )
+    return {name: getattr(worker.context, name) for name in names.split()}
+
+
+class StartContract(ContractBase):
+    """Workers are built where they should be, with what they need."""
+
+    def test_start_sequence(self, start: Start) -> None:
+        """Each worker is built, then initialises its device, then loads; no other method runs before."""
+        assert [["init_device", "load_model"]] * len(self.world()) == start().collective_rpc(
+            lambda worker: list(worker.journal)
+        )
+
+    def test_context(self, executor: Executor) -> None:
+        """Each worker knows its rank in the world and in each group, its executor and its backend."""
+        tp, pp = self.parallel.tensor_parallel_size, self.parallel.pipeline_parallel_size
+        first, *others = executor.collective_rpc(described)
+        for rank, context in enumerate([first, *others]):
+            assert {
+                "rank": rank, "local_rank": rank, "world_size": len(self.world()),
+                "tp_rank": rank % tp, "tp_size": tp, "pp_rank": rank // tp, "pp_size": pp, "dp_rank": 0, "dp_size": 1,
+                "is_driver_worker": rank % tp == 0, "executor": first["executor"], "backend": executor.backend,
+                "generation": 0, "in_driver": rank in self.local_ranks,
+            } == context  # fmt: skip
+
+    def test_context_has_device_and_config(self, executor: Executor) -> None:
+        """The context's device is a torch.device, and its config is the executor's."""
+        devices = executor.collective_rpc(lambda worker: str(worker.context.device))
+        configs = executor.collective_rpc(lambda worker: worker.context.config)
+
+        assert ["cpu"] * len(self.world()) == devices
+        assert [executor.config.parallel] * len(self.world()) == [config.parallel for config in configs]
+
+    def test_executor_describes_itself(self, executor: Executor) -> None:
+        """Class, config, world size, generation and state are there to be read; Ray is not used."""
+        config = executor.config
+
+        assert type(executor) is Executor.get_class(config)
+        assert (len(self.world()), 0, State.READY) == (executor.world_size, executor.generation, executor.state)
+        assert executor.uses_ray is False
+
+    def test_worker_kwargs(self, start: Start) -> None:
+        """``worker_kwargs`` reach the worker's constructor."""
+        executor = start(worker_kwargs={"layers": 3})
+
+        assert [{"layers": 3}] * len(self.world()) == executor.collective_rpc(lambda worker: worker.worker_kwargs)
+
+    def test_unknown_worker_kwargs_are_refused_by_the_base_class(self, start: Start) -> None:
+        """A keyword that no constructor takes is an error that names it."""
+        with pytest.raises(WorkerStartupError, match=r"unknown worker_kwargs \['layers'\]"):
+            start("exec_core:Worker", worker_kwargs={"layers": 3})
+
+    @pytest.mark.parametrize("path", [f"{WORKERS}:EchoWorker", f"{WORKERS}.EchoWorker", f"{WORKERS}:Outer.Inner"])
+    def test_class_by_path(self, start: Start, path: str) -> None:
+        """A worker class may be given by its path, with a colon or a dot before its name."""
+        assert [(rank, 1) for rank in self.world()] == start(path).collective_rpc("where", args=(1,))
+
+    def test_factory(self, start: Start) -> None:
+        """Any callable that takes the context may stand for the class."""
+        executor = start(workers.make_worker, worker_kwargs={"layers": 3})
+
+        assert [{"made_by": "make_worker", "layers": 3}] * len(self.world()) == executor.collective_rpc(
+            lambda worker: worker.worker_kwargs
+        )
+
+    def test_class_of_the_caller(self, start: Start) -> None:
+        """A class that only the caller has works, `super` included."""
+
+        class Local(workers.EchoWorker):
+            def where(self, x: Any = None) -> Any:
+                return "local", *super().where(x)
+
+        assert [("local", rank, 1) for rank in self.world()] == start(Local).collective_rpc("where", args=(1,))
+
+    def test_plain_class(self, start: Start) -> None:
+        """A class that does not inherit from `Worker` works: it has its own methods and the default hooks."""
+        executor = start(workers.PlainWorker, worker_kwargs={"factor": 10})
+
+        assert [70 + rank for rank in self.world()] == executor.collective_rpc("times", args=(7,))
+        assert 50 + executor.output_rank == executor.execute_model(5)
+        executor.check_health()
+        executor.initialize_cache(1, 1)
+        executor.sleep()
+
+    def test_delegating_class_is_used_as_it_is(self, start: Start) -> None:
+        """An object that answers to any name is asked for nothing that was not called."""
+        executor = start(workers.DelegatingWorker)
+
+        assert [(rank, "anything", (1,)) for rank in self.world()] == executor.collective_rpc("anything", args=(1,))
+        assert (executor.output_rank, "execute_model", ("r",)) == executor.execute_model("r")
+
+    # Failing to start
+
+    @pytest.mark.parametrize("phase", ["__init__", "init_device", "load_model"])
+    def test_worker_that_raises_while_starting(self, start: Start, phase: str) -> None:
+        """An error in a start phase on one rank says rank, phase and the original error, and leaves nothing behind."""
+        with pytest.raises(WorkerStartupError, match="ValueError: told to fail") as caught:
+            start(workers.FailingWorker, worker_kwargs={"phase": phase, "rank": self.last()})
+
+        error = caught.value
+        assert (self.last(), {"__init__": "init_worker"}.get(phase, phase)) == (error.rank, error.phase)
+        assert f"rank {self.last()} (pid {error.pid}) failed in {error.phase}" in str(error)
+        assert isinstance(error.__cause__, ValueError)
+
+    def test_worker_that_exits_while_starting(self, start: Start) -> None:
+        """A SystemExit while loading is a start-up error too, and does not end the caller."""
+        with pytest.raises(WorkerStartupError, match="SystemExit") as caught:
+            start(
+                workers.FailingWorker,
+                worker_kwargs={"phase": "load_model", "rank": self.last(), "error": SystemExit(3)},
+            )
+
+        assert isinstance(caught.value.__cause__, WorkerError)
+
+    @pytest.mark.parametrize("path", ["no_such_module:Worker", f"{WORKERS}:NoSuchWorker", f"{WORKERS}.NoSuchWorker"])
+    def test_class_that_cannot_be_imported(self, start: Start, path: str) -> None:
+        """A worker class that cannot be imported is a start-up error that names the path."""
+        with pytest.raises(WorkerStartupError, match=f"worker_cls '{path}' cannot be imported") as caught:
+            start(path)
+
+        assert "init_worker" == caught.value.phase
+        assert isinstance(caught.value.__cause__, ImportError)
+
+    def test_path_of_something_else(self, start: Start) -> None:
+        """A path to something that cannot be called says what it is."""
+        with pytest.raises(WorkerStartupError, match="is a str, not a class or callable"):
+            start(f"{WORKERS}:__name__")
+
+    def test_start_has_a_deadline(self, start: Start, gate: Gate) -> None:
+        """A rank that does not come up within ``startup_timeout_s`` is named; one in the caller's process is waited for."""
+        kwargs = {"phase": "load_model", "gate": gate}
+        if not self.remote():
+            opener = threading.Timer(0.1, gate.open)
+            opener.start()
+            assert State.READY is start(
+                workers.HoldingWorker, worker_kwargs=kwargs, rpc=RpcConfig(startup_timeout_s=0.05)
+            ).state
+            opener.join()
+            return
+        if self.local_ranks:
+            gate.open()  # rank 0 would hold the caller
+            return
+        with pytest.raises(WorkerStartupError, match="startup_timeout_s") as caught:
+            start(workers.HoldingWorker, worker_kwargs=kwargs, rpc=RpcConfig(startup_timeout_s=3.0))
+
+        assert "load_model" == caught.value.phase
+
+    def test_unsupported_world_is_refused(self, start: Start) -> None:
+        """Replicas in one world are for another backend: refused before anything is started, with the way out."""
+        with pytest.raises(ConfigError, match=r"ParallelConfig.data_parallel_size must be 1 .* got 2; use backend"):
+            start(parallel=self.parallel_with(data_parallel_size=2))
+
+    # Loading
+
+    def test_staggered_loading(self, start: Start, tmp_path: Path) -> None:
+        """With ``max_parallel_loading_workers=1`` ranks load one after the other."""
+        executor = start(
+            workers.LoadingWorker,
+            worker_kwargs={"directory": os.fspath(tmp_path)},
+            parallel=self.parallel_with(max_parallel_loading_workers=1),
+        )
+
+        assert [1] * len(self.world()) == executor.collective_rpc(lambda worker: worker.most_at_once)
+
+    def test_parallel_loading(self, start: Start, gate: Gate) -> None:
+        """Without a limit all ranks are inside ``load_model`` at once."""
+
+        def open_when_all_are_in() -> None:
+            gate.entered(self.world())
+            gate.open()
+
+        opener = threading.Thread(target=open_when_all_are_in)
+        opener.start()
+        start(workers.HoldingWorker, worker_kwargs={"phase": "load_model", "gate": gate})
+        opener.join()
+
+    def test_progress_reaches_the_driver(self, start: Start) -> None:
+        """What workers report while loading arrives by rank, and its end always does."""
+        seen: list[tuple[int, int, int, str]] = []
+        start(workers.ProgressWorker, on_progress=lambda *report: seen.append(report))
+        eventually(lambda: all((rank, 3, 3, "tensors") in seen for rank in self.world()))
+
+        assert {3} == {total for _, _, total, _ in seen}
+        for rank in self.world():
+            done = [done for who, done, _, _ in seen if who == rank]
+            assert sorted(done) == done
+
+    def test_error_of_on_progress_harms_nobody(self, start: Start) -> None:
+        """A progress callback that raises ends neither the start nor a later call."""
+
+        def broken(*report: Any) -> None:
+            raise ZeroDivisionError
+
+        executor = start(workers.ProgressWorker, on_progress=broken)
+        future = executor.collective_rpc(lambda worker: worker.context.report_progress(1, 1, "x"), non_block=True)
+
+        assert [None] * len(self.world()) == future.result(30)
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,), non_block=True).result(30)
+
+    # Environment
+
+    def test_environment_for_all(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        """``worker_env`` is set in every rank before the worker's module is imported."""
+        monkeypatch.setenv("EXEC_TEST_ALL", "host")
+        executor = start(f"{WORKERS}:EchoWorker", worker_env={"EXEC_TEST_ALL": "yes"})
+
+        assert ["yes"] * len(self.world()) == executor.collective_rpc(lambda worker: os.environ["EXEC_TEST_ALL"])
+        assert ["yes"] * len(self.remote()) == executor.collective_rpc(
+            lambda worker: sys.modules["exec_core.testing.workers"].ENVIRONMENT_AT_IMPORT["EXEC_TEST_ALL"],
+            ranks=self.remote(),
+        )
+        if not self.local_ranks:
+            assert "host" == os.environ["EXEC_TEST_ALL"]
+
+    def test_environment_by_rank(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A tuple of mappings gives each rank its own environment."""
+        monkeypatch.setenv("EXEC_TEST_RANK", "host")
+        executor = start(worker_env=tuple({"EXEC_TEST_RANK": f"rank {rank}"} for rank in self.world()))
+
+        assert [f"rank {rank}" for rank in self.world()] == executor.collective_rpc(
+            lambda worker: os.environ["EXEC_TEST_RANK"]
+        )
+
+    def test_update_environment_variables(self, executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The wrapper's own ``update_environment_variables`` can be called like a worker's method."""
+        monkeypatch.setenv("EXEC_TEST_UPDATE", "host")
+        executor.collective_rpc("update_environment_variables", args=({"EXEC_TEST_UPDATE": "new"},))
+
+        assert ["new"] * len(self.world()) == executor.collective_rpc(lambda worker: os.environ["EXEC_TEST_UPDATE"])
+
+    def test_host_is_left_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Starting, using and closing an executor changes no setting of the host's process."""
+        if self.alone:
+            self._close_shared()
+
+        def settings() -> dict[str, Any]:
+            import multiprocessing
+
+            import torch
+
+            return {
+                "environment": dict(os.environ),
+                "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+                "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+                "start method": multiprocessing.get_start_method(allow_none=True),
+                "threads": torch.get_num_threads(),
+                "affinity": os.sched_getaffinity(0),
+                "directory": os.getcwd(),
+                "path": list(sys.path),
+                "wakeup": _wakeup_fd(),
+            }
+
+        before = settings()
+        with create_executor(self.make_config()) as executor:
+            executor.execute_model("r")
+            executor.collective_rpc("where", non_block=True).result(30)
+            during = settings()
+
+        assert before == during
+        assert before == settings()
+
+    def test_threads_of_a_worker(self, start: Start) -> None:
+        """``threads_per_worker`` is the number of torch's threads in a worker's own process."""
+        executor = start(device=DeviceConfig(device="cpu", threads_per_worker=2))
+
+        assert [2] * len(self.remote()) == executor.collective_rpc(
+            lambda worker: __import__("torch").get_num_threads(), ranks=self.remote()
+        )
+
+    @pytest.mark.parametrize(
+        "device", [DeviceConfig(device="none"), DeviceConfig(device="cpu", distributed_backend="none")], ids=["device", "group"]
+    )
+    def test_worker_on_its_own(self, start: Start, device: DeviceConfig) -> None:
+        """Without a device, or without a distributed backend, workers join no process group and everything else works."""
+        executor = start(device=device)
+        expected = None if device.device == "none" else "cpu"
+
+        assert [(None, expected)] * len(self.world()) == executor.collective_rpc(
+            lambda worker: (worker.context.groups, worker.context.device and str(worker.context.device))
+        )
+        assert (executor.output_rank, "r") == executor.execute_model("r")
+
+    def test_private_directory(self, start: Start) -> None:
+        """Each rank has a directory that only its user can read, made when asked for and gone with the executor."""
+        executor = start()
+        assert [] == [name for name in os.listdir(tempfile.gettempdir()) if not name.startswith("torchinductor")]
+        paths = executor.collective_rpc(lambda worker: worker.context.private_dir)
+        for path in paths:
+            Path(path, "file").write_text("x")
+        modes = [stat.S_IMODE(os.stat(each).st_mode) for path in paths for each in (path, os.path.dirname(path))]
+        again = executor.collective_rpc(lambda worker: worker.context.private_dir)
+        executor.shutdown()
+
+        assert len(self.world()) == len(set(paths))
+        assert paths == again
+        assert [0o700] * (2 * len(paths)) == modes
+        assert [False] * len(paths) == [os.path.exists(os.path.dirname(path)) for path in paths]
+
+    def test_two_executors_at_once(self, executor: Executor) -> None:
+        """A second executor in the same process is independent, but where torch allows only one default group."""
+        if self.alone:
+            return
+        with create_executor(self.make_config(worker_kwargs={"second": True})) as second:
+            assert [{"second": True}] * len(self.world()) == second.collective_rpc(lambda worker: worker.worker_kwargs)
+            assert [{"shared": True}] * len(self.world()) == executor.collective_rpc(lambda worker: worker.worker_kwargs)
+        assert [float(sum(self.world()))] * len(self.world()) == executor.collective_rpc(
+            workers.add_up_ranks, args=("world",)
+        )
+
+    def test_config_can_be_used_again(self, start: Start) -> None:
+        """One configuration starts any number of executors, one after the other."""
+        config = self.make_config()
+        for _ in range(2):
+            with create_executor(attrs.evolve(config)) as executor:
+                assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
+
+
+def _wakeup_fd() -> int:
+    fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(fd)
+    return fd

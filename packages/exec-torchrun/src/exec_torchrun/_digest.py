@@ -1,0 +1,150 @@
+"""Whether two ranks mean the same call: a digest of it, the same in every process, and the call in words.
+
+Values count, not identities: pickles of equal values differ between processes, by what is shared inside them and by the order
+of sets. Plain data goes through `marshal` in its version 2, which knows no sharing, other objects are taken apart as pickle
+would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import marshal
+import reprlib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from exec_core.messages import method_name
+
+_SAMPLE_BYTES = 1 << 16  # larger arrays and tensors are compared by their beginning and end
+_DEPTH = 30
+
+
+@attrs.frozen
+class PerRank:
+    """An argument that may differ between ranks. The worker gets ``value``."""
+
+    value: Any
+
+
+def own_value(argument: Any) -> Any:
+    """What the worker gets for ``argument``."""
+    return argument.value if isinstance(argument, PerRank) else argument
+
+
+def digest_call(
+    method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: tuple[Any, ...]
+) -> bytes:
+    """16 bytes, equal for equal calls."""
+    state = hashlib.blake2b(digest_size=16)
+    _feed(state.update, (method, tuple(args), dict(kwargs), options), _DEPTH)
+    return state.digest()
+
+
+def describe_call(method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The call in words, cut to a readable length."""
+    shown = [_short(value) for value in args] + [f"{name}={_short(value)}" for name, value in kwargs.items()]
+    return f"{method_name(method)}({', '.join(shown)})"
+
+
+class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 8
+
+    def repr_Tensor(self, value: Any, level: int) -> str:  # noqa: N802, ARG002 # reprlib looks for this name
+        if value.numel() <= self.maxlist and value.device.type == "cpu":
+            return f"tensor({value.tolist()})"
+        return f"tensor(shape={tuple(value.shape)}, dtype={value.dtype}, device={value.device})"
+
+
+def _short(value: Any) -> str:
+    try:
+        return _Repr().repr(value)
+    except Exception:  # a __repr__ of the user's
+        return f"<{type(value).__qualname__}>"
+
+
+def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
+    """Puts ``value`` into the digest."""
+    try:
+        update(marshal.dumps(value, 2))
+    except ValueError:
+        update(type(value).__qualname__.encode())
+        if depth:
+            _feed_parts(update, value, depth - 1)
+
+
+def _feed_parts(update: Callable[[bytes], None], value: Any, depth: int) -> None:
+    if isinstance(value, PerRank | types.ModuleType):
+        return
+    if isinstance(value, tuple | list):
+        update(str(len(value)).encode())
+        for part in value:
+            _feed(update, part, depth)
+    elif isinstance(value, dict):
+        _feed_parts(update, [part for item in value.items() for part in item], depth)
+    elif isinstance(value, set | frozenset):
+        update(b"".join(sorted(_digest(part, depth) for part in value)))
+    elif isinstance(value, type):
+        update(f"{value.__module__}.{value.__qualname__}".encode())
+    elif isinstance(value, types.FunctionType | types.MethodType):
+        _feed_function(update, value)
+    elif (memory := _memory(value)) is not None:
+        update(memory)
+    else:
+        _feed_object(update, value, depth)
+
+
+def _digest(value: Any, depth: int) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    _feed(state.update, value, depth)
+    return state.digest()
+
+
+def _feed_function(update: Callable[[bytes], None], function: types.FunctionType | types.MethodType) -> None:
+    """Its name and code, and the plain data that it closes over: anything else there may be a rank's own weights."""
+    update(f"{function.__module__}.{function.__qualname__}".encode())
+    update(function.__code__.co_code)
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            update(marshal.dumps(cell.cell_contents, 2))
+
+
+def _memory(value: Any) -> bytes | None:
+    """Shape, type and memory of an array or a tensor; None for anything else."""
+    if not (hasattr(type(value), "dtype") and hasattr(type(value), "shape")):
+        return None
+    head = f"{tuple(value.shape)} {value.dtype}".encode()
+    try:
+        if hasattr(type(value), "detach"):  # a tensor
+            if value.device.type != "cpu":
+                return head  # reading it would wait for the device
+            import torch
+
+            value = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(value.tobytes() if value.nbytes <= _SAMPLE_BYTES else value.reshape(-1)).cast("B")
+    except (TypeError, ValueError, RuntimeError):  # sparse, of objects, without memory of its own: its type has to do
+        return head
+    return head + (bytes(data) if len(data) <= _SAMPLE_BYTES else bytes(data[: _SAMPLE_BYTES // 2]) + data[-_SAMPLE_BYTES // 2 :])
+
+
+def _feed_object(update: Callable[[bytes], None], value: Any, depth: int) -> None:
+    """An object as pickle would take it apart; one that cannot be pickled counts by its type."""
+    try:
+        reduced = value.__reduce_ex__(4)
+    except Exception:
+        return
+    if isinstance(reduced, str):
+        update(reduced.encode())
+        return
+    made_by, arguments, *state = reduced
+    update(getattr(made_by, "__qualname__", type(made_by).__qualname__).encode())
+    _feed(update, arguments, depth)
+    for part in state[:1]:
+        _feed(update, part, depth)
+    for items in state[1:3]:
+        _feed(update, None if items is None else list(items), depth)

@@ -1,0 +1,86 @@
+"""The group of one worker that an SPMD rank has, and its execution loop."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from exec_core.asynchronous import Room
+from exec_core.base import OnProgress
+from exec_core.calls import Call
+from exec_core.context import WorkerInit
+from exec_core.errors import ExecutorBusyError, RankDivergenceError
+from exec_core.execution_loop import ExecutionLoop
+from exec_core.inprocess import InProcessGroup
+from exec_core.messages import Reply
+
+from exec_torchrun._guard import GuardedWrapper, Outcome, Plan
+
+
+class SpmdGroup(InProcessGroup):
+    """This rank's worker, whose calls are those of all ranks of the replica.
+
+    Args:
+        gathers: calls return the values of all ranks where they do not say.
+    """
+
+    def __init__(
+        self, init: WorkerInit, room: Room, progress: OnProgress, wrapper: GuardedWrapper, gathers: bool
+    ) -> None:
+        super().__init__(init, room, progress, wrapper)
+        self._guard = wrapper
+        self._gathers = gathers
+
+    @property
+    def divergence(self) -> RankDivergenceError | None:
+        """What the others did when this rank left them."""
+        return self._guard.divergence
+
+    def run(self, call: Call) -> Any:
+        return super().run(self._planned(call))
+
+    def submit(self, call: Call, wait: bool) -> Future[Any]:
+        return super().submit(self._planned(call), wait)
+
+    def _planned(self, call: Call) -> Call:
+        if not isinstance(call.request, Plan):
+            call.request = Plan.of(call, self._gathers)
+        return call
+
+    def _outcome(self, call: Call, reply: Reply) -> Any:
+        outcome = reply.value
+        if not isinstance(outcome, Outcome):
+            return super()._outcome(call, reply)
+        if outcome.error is not None:
+            call.failure = outcome.failure
+            raise outcome.error
+        return call.result(outcome.values)
+
+    def close(self, error: BaseException, deadline: float) -> None:
+        self._guard.leave_by = deadline
+        super().close(error, deadline)
+        self._guard.disconnect()
+
+
+class SpmdLoop(ExecutionLoop):
+    """The execution loop where every rank's own program makes the steps: nobody has to be kept in a loop for them."""
+
+    def refuse(self, method: str, ranks: tuple[int, ...]) -> None:
+        """No rank is kept in the loop, so none is refused."""
+
+    def start(self) -> Future[Any]:
+        if self._ended is not None:
+            raise ExecutorBusyError(
+                "start_worker_execution_loop", "the loop runs already", 1, self._executor.config.max_in_flight,
+                "call stop_remote_worker_execution_loop() first",
+            )  # fmt: skip
+        self._ended = Future()
+        self._ended.set_running_or_notify_cancel()
+        return self._ended
+
+    def step(self, request: Any) -> Future[Any]:
+        if request is not None:
+            return self._executor.submit_step("execute_model", request, range(self._executor.world_size))
+        ended, self._ended = self._ended or Future(), None
+        ended.set_result(None)
+        return ended

@@ -1,0 +1,300 @@
+"""The guard: every call of a rank is one that all ranks of its replica make, and ends on all of them alike.
+
+    GuardedWrapper.execute:   BEGIN -> GO     the worker's method     END or ERROR -> DONE or FAILED     -> Outcome
+                              (agree first)                           (then hear of the others)
+
+No rank starts a call before all want to run the same one with the same inputs, and none returns from it before all have run
+it. So a difference shows before it can hang a collective, and an error of one rank is raised by all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from exec_core import messages
+from exec_core.calls import Call
+from exec_core.errors import RankDivergenceError, RpcTimeoutError, WorkerDiedError, WorkerError
+from exec_core.messages import Encoded, Failure, Reply, Request
+from exec_core.wrapper import WorkerWrapper, settle
+
+from exec_torchrun._digest import describe_call, digest_call, own_value
+from exec_torchrun._frames import Frame, Kind, Part
+from exec_torchrun._link import Link
+
+_HEAD = struct.Struct("<BQ")  # of a value or an error: format, pid
+MINIMUM_BLOCKS = "determine_num_available_blocks, minimum over the replica"
+
+
+@attrs.define
+class Plan(Request):
+    """A request with what only the ranks together can do.
+
+    Attributes:
+        ranks, reply_ranks: positions in the replica: who runs it, whose value is returned.
+        gather: every rank gets the values of ``reply_ranks``; otherwise only its own, if it is one of them.
+        timeout_s, deadline, max_concurrent: see `exec_core.calls.Call`.
+    """
+
+    ranks: tuple[int, ...] = ()
+    reply_ranks: tuple[int, ...] = ()
+    gather: bool = False
+    timeout_s: float | None = None
+    deadline: float = math.inf
+    max_concurrent: int | None = None
+
+    @classmethod
+    def of(cls, call: Call, gather: bool) -> Plan:
+        """The plan of ``call``: values travel if they are asked for, or if not those of all ranks are wanted."""
+        request = call.request
+        return cls(
+            request.method, request.args, request.kwargs, request.wants_value, call.ranks, call.reply_ranks,
+            gather or call.reply_ranks != call.ranks, call.timeout_s, call.deadline, call.max_concurrent,
+        )  # fmt: skip
+
+
+@attrs.frozen
+class Outcome:
+    """How a call ended on all ranks: with the values of its reply ranks, or with an error, and whose it is."""
+
+    values: list[Any] = attrs.field(factory=list)
+    error: BaseException | None = None
+    failure: Failure | None = None
+
+
+class GuardedWrapper(WorkerWrapper):
+    """A `WorkerWrapper` whose calls are those of all ranks.
+
+    Args:
+        rank, index, size: in the world, in the replica, and ranks of the replica.
+        link: to the replica's other ranks; None when there are none.
+        apart_s: how long ranks may come to a call one after the other; None: calls are not compared.
+        barrier_s: limit of every wait for other ranks; None: none.
+        failed: told when the ranks cannot go on together.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        index: int,
+        size: int,
+        link: Link | None,
+        *,
+        apart_s: float | None,
+        barrier_s: float | None,
+        failed: Callable[[BaseException], None],
+        progress: Callable[[int, int, str], None],
+    ) -> None:
+        super().__init__(rank, progress)
+        self._first = rank - index  # rank of the replica's first
+        self._index, self._size = index, size
+        self._link = link
+        self._apart_s = apart_s
+        self._barrier_s = math.inf if barrier_s is None else barrier_s
+        self._failed = failed
+        self._turn = 0
+        self._calls = 0
+        self.leave_by = -math.inf  # until when `shutdown` may wait for the others; set before it
+        self.divergence: RankDivergenceError | None = None  # what the others did when this rank left
+
+    def execute(self, request: Request) -> Reply:
+        plan = request
+        if not isinstance(plan, Plan) or self._link is None:
+            return self._local(request)
+        if self._apart_s is None and not plan.gather and plan.max_concurrent is None:
+            return self._alone(plan)
+        try:
+            return Reply(self._together(self._link, plan))
+        except BaseException as error:  # interrupted: the others see the connection end
+            self._link.close()
+            return Reply.of_error(error)
+
+    # One call
+
+    def _together(self, link: Link, plan: Plan) -> Outcome:
+        self._calls += 1
+        verdict = self._begin(link, plan)
+        if verdict.kind is not Kind.GO:
+            return self._refused(plan, verdict)
+        reply, verdict = self._in_waves(link, plan)
+        if verdict.kind is not Kind.GO:
+            return self._refused(plan, verdict)
+        value, error, word = self._settled(plan, reply)
+        verdict = link.exchange(self._word(plan, Kind.END if error is None else Kind.ERROR, word))
+        if verdict.kind is Kind.DONE:
+            return Outcome(self._values(plan, value, verdict))
+        if verdict.kind is Kind.FAILED:
+            return self._raised(plan, error, verdict)
+        return self._refused(plan, verdict, error)
+
+    def _begin(self, link: Link, plan: Plan) -> Frame:
+        name = f"call {self._calls}: {plan.name}"
+        word = self._word(plan, Kind.BEGIN, ((self._index, name.encode()),))
+        if self._apart_s is not None and self.context is not None:  # the start itself has all the time of the start
+            options = plan.ranks, plan.reply_ranks, plan.gather
+            digest = digest_call(plan.method, plan.args, plan.kwargs, options)
+            word = attrs.evolve(word, digest=digest, wait_s=self._apart_s)
+        return link.exchange(word, lambda: f"call {self._calls}: {describe_call(plan.method, plan.args, plan.kwargs)}")
+
+    def _in_waves(self, link: Link, plan: Plan) -> tuple[Reply, Frame]:
+        """Runs it when it is this rank's turn: all ranks at once, or so many at a time."""
+        at_once = plan.max_concurrent or self._size
+        reply, verdict = Reply(), Frame(Kind.GO)
+        for start in range(0, len(plan.ranks), at_once):
+            if start:
+                verdict = link.exchange(self._word(plan, Kind.BEGIN, ((self._index, b"its wave"),)))
+            if verdict.kind is not Kind.GO:
+                break
+            if self._index in plan.ranks[start : start + at_once]:
+                reply = self._local(plan)
+        return reply, verdict
+
+    def _word(self, plan: Plan, kind: Kind, parts: tuple[Part, ...]) -> Frame:
+        self._turn += 1
+        limit_s = max(0.0, min(self._barrier_s, plan.deadline - time.monotonic()))
+        return Frame(kind, self._turn - 1, parts, limit_s=limit_s)
+
+    def _local(self, request: Request) -> Reply:
+        args, kwargs = request.args, request.kwargs
+        own = Request(
+            request.method, tuple(map(own_value, args)), {name: own_value(v) for name, v in kwargs.items()}
+        )
+        return super().execute(own)
+
+    def _alone(self, plan: Plan) -> Reply:
+        """Runs it here without a word to the others."""
+        if self._index not in plan.ranks:
+            return Reply(Outcome())
+        reply = self._local(plan)
+        error, value, _ = self._settled(plan, reply)
+        if error is not None:
+            return Reply.of_error(error)
+        return Reply(Outcome([value] if self._index in plan.reply_ranks else []))
+
+    def _settled(self, plan: Plan, reply: Reply) -> tuple[Any, BaseException | None, tuple[Part, ...]]:
+        """The value or the error of this rank, and what the others get of it."""
+        wanted = self._index in plan.reply_ranks
+        value, error = None, reply.error
+        if error is None:
+            try:
+                # At once, also where it could be finished later: the others hear of its error with the call's end.
+                value = settle(reply.value, wanted)
+                if not (wanted and plan.gather):
+                    return value, None, ()
+                return value, None, ((self._index, _pack(messages.encode(value, f"the value of {plan.name}"))),)
+            except BaseException as unsettled:
+                error = unsettled
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        if not isinstance(error, Exception):
+            why = WorkerError(self.rank, os.getpid(), plan.name, type(error).__qualname__, str(error))
+            why.__cause__, error = error, why
+        messages.add_origin(error, self.rank, os.getpid(), plan.name)
+        return None, error, ((self._index, _pack(messages.encode_error(error), os.getpid())),)
+
+    def _values(self, plan: Plan, value: Any, verdict: Frame) -> list[Any]:
+        if not plan.gather:
+            return [value] if self._index in plan.reply_ranks else []
+        bodies = dict(verdict.parts)
+        return [value if index == self._index else _decode(bodies[index]) for index in plan.reply_ranks]
+
+    # When it did not go well
+
+    def _raised(self, plan: Plan, own: BaseException | None, verdict: Frame) -> Outcome:
+        """Some ranks have raised; the first of them counts."""
+        failures = []
+        for order, (index, body) in enumerate(verdict.parts):
+            if body:
+                fmt, pid = _HEAD.unpack_from(body)
+                rank = self._first + index
+                error = own
+                if own is None or index != self._index:
+                    error = messages.decode_error(memoryview(body)[_HEAD.size :], fmt, rank, pid, plan.name)
+                assert error is not None
+                failures.append(Failure(rank, pid, error, order))
+        error = messages.first_failure(failures)
+        inside = [self._first + index for index, body in verdict.parts if not body]
+        if inside:
+            error.add_note(
+                f"ranks {inside} did not come out of the call: the process groups were given up, call restart() on every rank"
+            )
+            self._give_up(error)
+        return Outcome(error=error, failure=failures[0])
+
+    def _refused(self, plan: Plan, verdict: Frame, own: BaseException | None = None) -> Outcome:
+        """The ranks have not come to the call, or out of it, together."""
+        ranks = [self._first + index for index in verdict.numbers]
+        if verdict.kind is Kind.DIVERGED:
+            calls = {self._first + index: text.decode(errors="replace") for index, text in verdict.parts}
+            return Outcome(error=diverged(calls, self._apart_s))
+        if verdict.kind is Kind.TIMEOUT:
+            all_ranks = range(self._first, self._first + self._size)
+            answered = [rank for rank in all_ranks if rank not in ranks]
+            limit = plan.timeout_s if plan.timeout_s is not None else self._barrier_s
+            return Outcome(error=RpcTimeoutError(plan.name, limit, answered, ranks))
+        pid = int(verdict.parts[0][1])
+        error = WorkerDiedError(ranks[0], pid or None, method=plan.name, why="its connection to the other ranks has ended")
+        error.__cause__ = own
+        self._give_up(error)
+        return Outcome(error=error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Leaves the process groups, which also frees the ranks that wait in a gloo collective."""
+        if self.context is not None:
+            self.context.leave()
+        self._failed(error)
+
+    # What is not a method of the worker
+
+    def _resolve(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
+        return self._minimum_blocks if method == MINIMUM_BLOCKS else super()._resolve(method)
+
+    def _minimum_blocks(self) -> tuple[int, int]:
+        """Free memory differs between ranks: what fits on all ranks of the replica, by all_reduce on the CPU groups."""
+        gpu, cpu = super()._resolve("determine_num_available_blocks")()
+        groups = None if self.context is None else self.context.groups
+        if groups is None:
+            return int(gpu), int(cpu)
+        import torch
+        import torch.distributed as dist
+
+        blocks = torch.tensor([int(gpu), int(cpu)], dtype=torch.int64)
+        for group in (groups.tp, groups.pp):
+            dist.all_reduce(blocks, dist.ReduceOp.MIN, group=group.cpu_group)
+        return int(blocks[0]), int(blocks[1])
+
+    def disconnect(self) -> None:
+        """Leaves the others without a word. Twice is fine."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def shutdown(self) -> None:
+        """Leaves the others before the worker and its groups go, so that nobody is left waiting in them."""
+        if self._link is not None:
+            verdict = self._link.leave(self._turn, self.leave_by)
+            self.disconnect()
+            if verdict is not None and verdict.kind is Kind.DIVERGED:
+                calls = {self._first + index: text.decode(errors="replace") for index, text in verdict.parts}
+                self.divergence = diverged(calls, self._apart_s)
+        super().shutdown()
+
+
+def diverged(calls: dict[int, str], apart_s: float | None) -> RankDivergenceError:
+    """The error that names the first differing call of each rank."""
+    late = "" if apart_s is None else f"; a rank that may be later than {apart_s:g} s needs another divergence_timeout_s"
+    return RankDivergenceError(calls, f"every rank makes the same calls, with the same inputs, in the same order{late}")
+
+
+def _pack(encoded: Encoded, pid: int = 0) -> bytes:
+    return b"".join((_HEAD.pack(encoded.format, pid), *encoded.parts))
+
+
+def _decode(body: bytes) -> Any:
+    fmt, _ = _HEAD.unpack_from(body)
+    return messages.decode(memoryview(body)[_HEAD.size :], fmt)

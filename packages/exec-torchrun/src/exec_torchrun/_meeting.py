@@ -1,0 +1,268 @@
+"""The first meeting of all ranks of the world, before any worker exists.
+
+    rank 0: listens, puts its address into the launcher's store
+    others: connect, say HELLO with a report        (configuration, what is wrong here, where my replica's hub listens)
+    rank 0: WELCOME with all reports                (so that all ranks raise if one has something to raise)
+
+The launcher's store may still hold what an earlier attempt of the same job put there (torchrun keeps it over restarts), so
+an address counts only if somebody answers there who knows the secret beside it, and the process groups meet under a name
+that rank 0 draws anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import secrets
+import socket
+import time
+from collections.abc import Collection, Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import attrs
+from exec_core.errors import WorkerStartupError
+
+from exec_torchrun._env import LauncherEnv
+from exec_torchrun._frames import Connection, Frame, Kind, wait_readable
+from exec_torchrun._link import Hub, Link, Member
+
+SCHEME = "exec-torchrun"
+_HELLO_S = 10.0  # for a connected process to say HELLO
+_RETRY_S = 0.05
+
+_stores: dict[str, Any] = {}  # by what rank 0 drew, for `SCHEME` URLs
+
+
+@attrs.frozen
+class Address:
+    """Where a process listens: ``hosts`` are alternatives, ``secret`` proves to it that one was told."""
+
+    hosts: tuple[str, ...]
+    port: int
+    secret: bytes
+
+
+@attrs.frozen
+class Report:
+    """What a rank tells all others before the start.
+
+    Attributes:
+        config: what must be the same on all ranks, in words.
+        error: pickled with `exec_core.messages.encode_error`: why this rank cannot start; empty when it can.
+        hub: where this rank listens for the others of its replica; None for a rank that is no hub, or no others.
+    """
+
+    rank: int
+    pid: int
+    config: str
+    error: bytes = b""
+    hub: Address | None = None
+
+
+@attrs.frozen
+class Meeting:
+    """What came of it.
+
+    Attributes:
+        reports: of all ranks, in rank order.
+        init_method: URL under which the process groups meet.
+        link: to the other ranks of this replica; None when there are none.
+    """
+
+    reports: tuple[Report, ...]
+    init_method: str | None
+    link: Link | None
+
+
+def meet(env: LauncherEnv, name: str, report: Report, deadline: float) -> Meeting:
+    """Meets all ranks of the world.
+
+    Args:
+        name: of this meeting, the same on all ranks.
+
+    Raises:
+        WorkerStartupError: naming who did not come by ``deadline`` (monotonic).
+    """
+    if env.world_size == 1:
+        return Meeting((report,), None, None)
+    store = _store(env, deadline)
+    with contextlib.ExitStack() as stack:
+        listener = None
+        if env.index == 0 and env.replica_size > 1:
+            listener, address = _listen(env, stack)
+            report = attrs.evolve(report, hub=address)
+        key = f"{SCHEME}/{name}"
+        if env.rank == 0:
+            reports, token = _receive(env, key, store, report, deadline)
+        else:
+            reports, token = _visit(env, key, store, report, deadline)
+        _offer(token, store)
+        link: Link | None = None
+        hub = reports[env.replica * env.replica_size]
+        if listener is not None and report.hub is not None:
+            link = _gather(env, listener, report.hub.secret, reports, deadline)
+        elif hub.hub is not None:
+            link = Member(env.index, _connect(hub.hub, env.index, b"", deadline), hub.pid)
+        return Meeting(reports, f"{SCHEME}://{token}", link)
+
+
+def _store(env: LauncherEnv, deadline: float) -> Any:
+    """The store at MASTER_ADDR and MASTER_PORT, whoever hosts it, as ``env://`` finds it."""
+    from torch.distributed.rendezvous import rendezvous
+
+    url = f"env://?rank={env.rank}&world_size={env.world_size}"
+    try:
+        store, _, _ = next(rendezvous(url, timeout=_remaining(deadline)))
+    except Exception as error:
+        where = f"MASTER_ADDR={env.master_addr}, MASTER_PORT={env.master_port}"
+        raise WorkerStartupError(
+            env.rank, "launch", f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}", os.getpid(),
+            "check that all ranks were started, that rank 0 runs there, and that the port is free",
+        ) from error  # fmt: skip
+    return store
+
+
+def _offer(token: str, store: Any) -> None:
+    """Makes ``SCHEME://token`` a URL that `torch.distributed.init_process_group` takes, once for each process group."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import register_rendezvous_handler
+
+    def handler(url: str, timeout: datetime.timedelta, **_: object) -> Iterator[tuple[Any, int, int]]:
+        parsed = urlsplit(url)
+        query = dict(parse_qsl(parsed.query))
+        prefixed = dist.PrefixStore(parsed.netloc, _stores[parsed.netloc])
+        prefixed.set_timeout(timeout)
+        yield prefixed, int(query["rank"]), int(query["world_size"])
+
+    if not _stores:
+        register_rendezvous_handler(SCHEME, handler)
+    _stores[token] = store
+
+
+def _receive(
+    env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float
+) -> tuple[tuple[Report, ...], str]:
+    """Rank 0's part: waits for all others and tells each what all have said."""
+    with contextlib.ExitStack() as stack:
+        listener, address = _listen(env, stack)
+        store.set(key, pickle.dumps(address))
+        visitors, problem = _accept(listener, address.secret, range(1, env.world_size), deadline)
+        for connection, _ in visitors.values():
+            stack.callback(connection.close)
+        reports = (mine, *(pickle.loads(visitors[rank][1].parts[1][1]) for rank in sorted(visitors)))
+        answer = problem, reports, secrets.token_hex(8)
+        for connection, _ in visitors.values():
+            connection.send(Frame(Kind.WELCOME, 0, ((0, pickle.dumps(answer)),)))
+    return _checked(*answer)
+
+
+def _visit(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float) -> tuple[tuple[Report, ...], str]:
+    """The other ranks' part."""
+    while True:
+        store.set_timeout(_remaining(deadline))
+        try:
+            address = pickle.loads(store.get(key))
+        except Exception as error:
+            raise WorkerStartupError(0, "launch", "did not come to the ranks' first meeting") from error
+        connection = _try_connect(address, env.rank, pickle.dumps(mine))
+        frame = None if connection is None else connection.receive(deadline)
+        if connection is not None:
+            connection.close()
+        if frame is not None:
+            return _checked(*pickle.loads(frame.parts[0][1]))
+        _pause(deadline, 0)  # what an earlier attempt left in the store is overwritten soon
+
+
+def _checked(
+    problem: tuple[int, str] | None, reports: tuple[Report, ...], token: str
+) -> tuple[tuple[Report, ...], str]:
+    if problem is not None:
+        raise WorkerStartupError(problem[0], "launch", problem[1])
+    return reports, token
+
+
+def _gather(
+    env: LauncherEnv, listener: socket.socket, secret: bytes, reports: tuple[Report, ...], deadline: float
+) -> Hub:
+    visitors, problem = _accept(listener, secret, range(1, env.replica_size), deadline)
+    connections = {index: connection for index, (connection, _) in visitors.items()}
+    if problem is not None:
+        for connection in connections.values():
+            connection.close()
+        raise WorkerStartupError(env.rank + problem[0], "launch", problem[1])
+    return Hub(connections, {index: reports[env.rank + index].pid for index in connections})
+
+
+# Sockets
+
+
+def _listen(env: LauncherEnv, stack: contextlib.ExitStack) -> tuple[socket.socket, Address]:
+    """A listening socket: on loopback when all ranks are here, otherwise on every interface."""
+    if env.is_one_machine:
+        listener = socket.create_server(("127.0.0.1", 0))
+        hosts: tuple[str, ...] = ("127.0.0.1",)
+    else:
+        dual = socket.has_dualstack_ipv6()
+        listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+        own = _address_towards(env.master_addr, env.master_port)
+        # Rank 0 is where MASTER_ADDR leads, by a name that all ranks can use, but not always: a restarted job may keep it.
+        hosts = (env.master_addr, own) if env.rank == 0 else (own,)
+    stack.callback(listener.close)
+    return listener, Address(hosts, listener.getsockname()[1], secrets.token_bytes(16))
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to ``host``. Nothing is sent: connecting a datagram socket only chooses a route."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as sock:
+        sock.connect(address)
+        return str(sock.getsockname()[0])
+
+
+def _accept(
+    listener: socket.socket, secret: bytes, expected: Collection[int], deadline: float
+) -> tuple[dict[int, tuple[Connection, Frame]], tuple[int, str] | None]:
+    """Connections of the ``expected`` with their HELLO, and what went wrong: a rank, and what about it."""
+    came: dict[int, tuple[Connection, Frame]] = {}
+    while len(came) < len(expected):
+        if not wait_readable(listener, deadline - time.monotonic()):
+            missing = [number for number in expected if number not in came]
+            return came, (missing[0], f"has not come to the ranks' first meeting, like {len(missing) - 1} others")
+        connection = Connection(listener.accept()[0])
+        hello = connection.receive(time.monotonic() + _HELLO_S)
+        if hello is None or hello.kind is not Kind.HELLO or hello.parts[0][1] != secret or hello.turn not in expected:
+            connection.close()
+        elif hello.turn in came:
+            connection.close()
+            return came, (hello.turn, "has come twice: two processes have the same RANK")
+        else:
+            came[hello.turn] = connection, hello
+    return came, None
+
+
+def _try_connect(address: Address, number: int, body: bytes) -> Connection | None:
+    for host in address.hosts:
+        with contextlib.suppress(OSError):
+            connection = Connection(socket.create_connection((host, address.port), timeout=_HELLO_S))
+            connection.send(Frame(Kind.HELLO, number, ((os.getpid(), address.secret), (number, body))))
+            return connection
+    return None
+
+
+def _connect(address: Address, number: int, body: bytes, deadline: float) -> Connection:
+    while (connection := _try_connect(address, number, body)) is None:
+        _pause(deadline, 0)
+    return connection
+
+
+def _pause(deadline: float, rank: int) -> None:
+    if time.monotonic() >= deadline:
+        raise WorkerStartupError(rank, "launch", "cannot be reached for the ranks' first meeting")
+    time.sleep(_RETRY_S)
+
+
+def _remaining(deadline: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=min(max(0.001, deadline - time.monotonic()), 10**8))
