@@ -216,11 +216,21 @@ def generate(session: nox.Session) -> None:
 
 @nox.session(requires=["wheels"])
 def bench(session: nox.Session) -> None:
-    """Measure tokens per second of the executors, against each other and against transformers."""
+    """Measure the executors beside their peers; `-- --peers` installs vLLM, Ray and Monarch for that as well.
+
+    `-- generate` measures tokens per second instead, of the executors and of transformers.
+    """
     install_application(session, "integration")
-    run_program(session, "integration/bench_generate.py")
+    if session.posargs[:1] == ["generate"]:
+        run_program(session, "integration/bench_generate.py", session.posargs[1:])
+    else:
+        run_program(session, "integration/bench/__main__.py")
 
 
-def run_program(session: nox.Session, path: str) -> None:
-    """Run a program of `integration/` with the session's arguments, its answer on stdout and its log on stderr."""
-    session.run("python", path, *session.posargs, stderr=None, interrupt_timeout=10)  # Ctrl-C: it stops its workers
+def run_program(session: nox.Session, path: str, arguments: list[str] | None = None) -> None:
+    """Run a program of `integration/`, its answer on stdout and its log on stderr.
+
+    Without `arguments` it gets the session's.
+    """
+    given = session.posargs if arguments is None else arguments
+    session.run("python", path, *given, stderr=None, interrupt_timeout=10)  # Ctrl-C: it stops its workers

@@ -1,6 +1,7 @@
 """Measures tokens per second of the executors against each other and against transformers' generate, greedy decoding.
 
-All cases stay loaded and take turns in each round, so that what else the machine does hits all alike: compare the ratios.
+All cases stay loaded and take turns in each round, so that whatever else the machine does hits all alike: compare the
+ratios.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench_generate", description=__doc__)
     names = (*CASES, TRANSFORMERS)
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {', '.join(names)}"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--batch-sizes", type=int, nargs="+", choices=range(1, 5), default=(4, 1), help="default: 4 1")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="for each prompt; default: 64")
@@ -83,6 +86,7 @@ def _start(name: str, options: argparse.Namespace, file: GgufFile, stack: ExitSt
     print(f"loading {name}", file=sys.stderr, flush=True)
     if name == TRANSFORMERS:
         import torch
+
         from oracle import Oracle
 
         oracle = Oracle(file.path, options.device)

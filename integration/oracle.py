@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -32,11 +31,10 @@ class Oracle:
     """A `LlamaForCausalLM` with the weights of a GGUF file, in float32."""
 
     def __init__(self, path: str, device: str = "cpu") -> None:
-        logging.disable_progress_bar()
         reader = gguf.GGUFReader(path)
         self.device = device
         config = _config(reader)
-        self.model = LlamaForCausalLM(config).eval()
+        self.model = _model(config)
         weights = {}
         for tensor in reader.tensors:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -86,6 +84,11 @@ def _config(reader: gguf.GGUFReader) -> Any:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def _model(config: Any) -> Any:  # transformers' own types are not used: they cost the checker minutes
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def _name(gguf_name: str) -> str:

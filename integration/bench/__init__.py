@@ -5,6 +5,6 @@
              -> results -> targets, report, plots
 
 Each peer is a program of its own, in its own interpreter and, where it needs other packages, its own environment. All
-peers take turns within a case, round after round, so that what else the machine does hits all alike: compare the ratios.
-What runs on the peers' side (`serve`, `workloads`, `work`, `peer`, `peers`) imports the standard library only, and torch.
+peers take turns within a case, round after round, so that what else the machine does hits all alike: compare ratios.
+What runs on the peers' side (`serve`, `workloads`, `work`, `peer`, `peers`) imports no more than each peer needs.
 """

@@ -1,7 +1,7 @@
 """The run: which peer is measured when.
 
-For each number of workers all peers are started; then, round after round and case after case, they take turns. Peers that
-cost something while they wait are started anew in each round, after the others have had their turn.
+For each number of workers all peers are started; then, round after round and case after case, they take turns. Peers
+that cost something while they wait are started anew in each round, after the others have had their turn.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Campaign:
         for spec in specs:
             started.append(PeerProcess(spec, n, self._pythons[spec.name], self._log(spec.name)))
             stack.callback(started[-1].stop)
-        stack.callback(lambda: [peer.leave() for peer in started])  # runs first: they end side by side
+        stack.callback(_leave, started)  # runs first: they end side by side
         able = []
         for peer in started:
             try:
@@ -163,6 +163,11 @@ class Campaign:
                 self._results.add(case, peer, n, number, run_own(arguments, _OWN_S, self._log(case)))
             except AbsentError as absent:
                 self._results.miss(peer, case, n, str(absent))
+
+
+def _leave(peers: Iterable[PeerProcess]) -> None:
+    for peer in peers:
+        peer.leave()
 
 
 def _say(what: str) -> None:

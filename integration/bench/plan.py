@@ -68,18 +68,21 @@ CASES = (
         16 * KIB, params={"kind": "bytes", "one_reply": True, "calls": 1000},
     ),
     _send("tensor_2m", "tensors", "tensor of 2 MiB to all, all acknowledge", 2 * MIB),
-    Case("result_2m", "results", "tensor of 2 MiB back from each", "fetch", {"nbytes": 2 * MIB, "calls": 200, "limit_s": 1.0}),
+    Case(
+        "result_2m", "results", "tensor of 2 MiB back from each",
+        "fetch", {"nbytes": 2 * MIB, "calls": 200, "limit_s": 1.0},
+    ),
     _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 400),
     Case(
         "in_flight", "in-flight", "no-ops with 32 in flight",
         "in_flight", {"calls": 20_000, "window": 32, "limit_s": 1.0}, ("calls_per_s",),
     ),
     *(
-        _cadence(f"cadence_{busy_s * 1e3:g}ms", f"cadence, busy {busy_s * 1e3:g} ms", busy_s, 100, ns=(CADENCE_N,), in_table=False)
+        _cadence(f"cadence_{busy_s * 1e3:g}ms", "for the plot", busy_s, 100, ns=(CADENCE_N,), in_table=False)
         for busy_s in SWEPT_BUSY_S
     ),
     *(
-        _send(f"payload_{nbytes // KIB}k", "payload", f"tensor of {nbytes // KIB} KiB to all", nbytes, ns=(PLOT_N,), in_table=False)
+        _send(f"payload_{nbytes // KIB}k", "payload", "for the plot", nbytes, ns=(PLOT_N,), in_table=False)
         for nbytes in SWEPT_BYTES
     ),
     _send(

@@ -100,7 +100,7 @@ class PeerProcess:
         return self._process.poll() is None
 
     def settle(self) -> None:
-        """Waits until its processes are quiet: some keep looking for work for a while, and would disturb the next peer."""
+        """Waits until its processes are quiet: some go on looking for work for a while, and would disturb others."""
         until = time.monotonic() + _SETTLE_S
         pids = procfs.tree(self._process.pid)
         while self.alive and time.monotonic() < until:

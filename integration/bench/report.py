@@ -57,8 +57,10 @@ def _case(results: Results, case: Case) -> str:
         return ""
     ns = sorted({n for _, n in found})
     rows = [["", *(f"N={n}" for n in ns)]]
-    for peer in [name for name in PEERS if any(name == found_name for found_name, _ in found)]:
-        rows.append([PEERS[peer].title, *(_cell(results, case, peer, n) for n in ns)])
+    measured = {peer for peer, _ in found}
+    rows += [
+        [spec.title, *(_cell(results, case, peer, n) for n in ns)] for peer, spec in PEERS.items() if peer in measured
+    ]
     units = " / ".join(_UNITS[metric][0] for metric in case.metrics)
     return f"{case.title} ({units})\n{_aligned(rows)}"
 

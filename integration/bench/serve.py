@@ -1,8 +1,8 @@
 """The program of a peer's process: `python -m bench.serve PEER N`.
 
-It starts the peer with N workers and prints `{"ready": {...}}`, then answers each line of its standard input, `{"workload":
-name, "params": {...}}`, with a line `{"metrics": {...}}` or `{"absent": reason}`. It ends when the input does. Whatever
-else is printed, by anybody, goes to standard error.
+It starts the peer with N workers and prints `{"ready": {...}}`, then answers each line of its standard input,
+`{"workload": name, "params": {...}}`, with a line `{"metrics": {...}}` or `{"absent": reason}`. It ends when the input
+does. Whatever else is printed, by anybody, goes to standard error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.workloads import measure
 def main(name: str, n: int) -> None:
     """Serves until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.set_inheritable(answers.fileno(), False)  # noqa: FBT003 # the function takes no keyword
+    os.set_inheritable(answers.fileno(), False)
     os.dup2(2, 1)
     started = time.monotonic()
     try:
@@ -32,12 +32,12 @@ def main(name: str, n: int) -> None:
     except Exception as error:
         _answer(answers, {"absent": _reason(error)})
         return
-    _answer(answers, {"ready": {"version": cls.version(), "start_s": time.monotonic() - started}})
+    _answer(answers, {"ready": {"start_s": time.monotonic() - started, "version": cls.version()}})
     try:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                answer = {"metrics": measure(peer, request["workload"], request["params"])}
+                answer: dict[str, Any] = {"metrics": measure(peer, request["workload"], request["params"])}
             except Exception as error:
                 answer = {"absent": _reason(error)}
             _answer(answers, answer)

@@ -1,12 +1,12 @@
-"""How long it takes until workers are there: `python -m bench.startup WHAT [N]`, one line of JSON from a fresh interpreter.
+"""How long it takes until workers are there: `python -m bench.startup WHAT [N]`, a fresh interpreter's line of JSON.
 
     import-torch        one `import torch`, the least that any first start can take
     import-exec-core    what `import exec_core` takes, and whether torch came with it
     exec-mp, exec-mp-spawn      the first executor of a process (cold), then more of them (warm), and their shutdown
     mp-spawn            `multiprocessing` processes that import torch
 
-``built_s`` is when the last worker's class has been built, before its device and its model; ``ready_s`` when the executor
-was returned, process groups included.
+``built_s`` is when the last worker's class has been built, before its device and its model; ``ready_s`` when the
+executor was returned, process groups included.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from multiprocessing.connection import Connection
+from typing import Literal
 
 _WARM_STARTS = 5
 _SETTLE_S = 0.3  # until the workers sleep
@@ -38,14 +39,12 @@ def import_exec_core() -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "imports_torch": float("torch" in sys.modules)}
 
 
-def exec_mp(n: int, start_method: str) -> dict[str, float]:
+def exec_mp(n: int, start_method: Literal["forkserver", "spawn"]) -> dict[str, float]:
     """Cold, then warm."""
     import exec_core
-
     from bench.peers.exec_mp_peer import config
 
-    method = "spawn" if start_method == "spawn" else "forkserver"
-    chosen = config(n, rpc=exec_core.RpcConfig(start_method=method))
+    chosen = config(n, rpc=exec_core.RpcConfig(start_method=start_method))
 
     def once() -> tuple[float, float, float]:
         began = time.monotonic()
@@ -58,7 +57,7 @@ def exec_mp(n: int, start_method: str) -> dict[str, float]:
         return built - began, ready - began, time.monotonic() - closing
 
     cold = once()
-    warm = [once() for _ in range(_WARM_STARTS if method == "forkserver" else 1)]
+    warm = [once() for _ in range(_WARM_STARTS if start_method == "forkserver" else 1)]
     built, ready, shutdown = (statistics.median(values) for values in zip(*warm, strict=True))
     return {
         "built_s": cold[0],
@@ -103,7 +102,7 @@ def main(what: str, n: str = "1") -> None:
     elif what == "mp-spawn":
         found = mp_spawn(int(n))
     else:
-        found = exec_mp(int(n), what.removeprefix("exec-mp").removeprefix("-"))
+        found = exec_mp(int(n), "spawn" if what == "exec-mp-spawn" else "forkserver")
     print(json.dumps(found))
 
 

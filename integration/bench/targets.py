@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.peers import OURS
+from bench.peers import BARE, OURS
 from bench.results import Results
 
 GROWTH_MB = 1.0  # over all processes; the allocators' own coming and going
@@ -69,7 +69,8 @@ def _cadence(results: Results) -> Iterator[Target]:
         for metric, what in (("added_p50_us", "time added, p50"), ("added_p99_us", "time added, p99")):
             yield _ratio(results, f"decode cadence, {what}", "cadence", n, "vllm", 1.0, metric)
         yield _ratio(results, "decode cadence, processor time", "cadence", n, "vllm", 0.1, "cores")
-    yield _value(results, "8 idle workers: cores in all", "idle", OURS, 8, "cores", 0.01, "cores")
+    for peer, what in ((BARE, "without process groups"), (OURS, "with gloo's threads")):
+        yield _value(results, f"8 idle workers, {what}: cores in all", "idle", peer, 8, "cores", 0.01, "cores")
 
 
 def _value(results: Results, text: str, case: str, peer: str, n: int, metric: str, limit: float, unit: str) -> Target:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 
 import exec_core
-
 from bench import procfs, work
 from bench.peers.exec_mp_peer import config
 

@@ -58,7 +58,7 @@ def fetch(peer: Peer, *, nbytes: int, calls: int, limit_s: float) -> Metrics:
 
 
 def cadence(peer: Peer, *, nbytes: int, busy_s: float, pause_s: float, steps: int) -> Metrics:
-    """Steps as decoding makes them: how long they take beyond the work itself, and what that costs in processor time."""
+    """Steps as decoding makes them: how long they take beyond the work itself, and their cost in processor time."""
     payload = bytes(nbytes)
     for _ in range(5):
         peer.step(busy_s, payload)

@@ -90,7 +90,7 @@ def read_gguf(path: str) -> GgufFile:
         CheckpointError: for a file that is missing, is not a GGUF, is of an unknown version or kind, or is cut short.
     """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 # mmap wants the file itself
+        with open(path, "rb") as file:  # mmap wants the file itself
             start = file.read(8)
             if start[:4] != MAGIC:
                 raise CheckpointError(path, f"is not a GGUF file (it starts with {start[:4]!r})", "name a .gguf file")

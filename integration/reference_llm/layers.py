@@ -67,8 +67,10 @@ class Attention(nn.Module):
 
     def _attend_prompt(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """A whole prompt: each token sees itself and those before it. ``[tokens, heads, head_dim]`` each."""
+        # Repeated here: told of grouped heads, CUDA would make the whole matrix of scores in float32.
+        k, v = (heads.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for heads in (k, v))
         q, k, v = (heads.transpose(0, 1)[None] for heads in (q, k, v))
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return attended[0].transpose(0, 1).reshape(-1, self.num_heads * self.head_dim)
 
     def _attend_cached(self, q: torch.Tensor, layout: Layout, cache: PagedKVCache) -> torch.Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
-import exec_mp
 import pytest
+
+import exec_mp
 from exec_core import create_executor
 from exec_core.testing import leak_check
 
@@ -31,7 +32,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fails a test that leaves a process, descriptor, thread or file behind. The fork server stays for the next test."""
+    """Fails a test that leaves a process, descriptor, thread or file behind. Only the fork server stays."""
     exec_mp.prestart()
     tmp_path_factory.getbasetemp()  # made now, outside the directory that the check must find empty
     with leak_check():

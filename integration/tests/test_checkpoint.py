@@ -8,9 +8,9 @@ import attrs
 import gguf
 import pytest
 import torch
-from exec_core import ConfigError
 from gguf.constants import GGMLQuantizationType as Kind
 
+from exec_core import ConfigError
 from reference_llm.checkpoint import Checkpoint
 from reference_llm.errors import CheckpointError
 from reference_llm.gguf_file import read_gguf
@@ -86,7 +86,11 @@ def test_a_large_head_makes_the_last_stage_shorter() -> None:
 
 def test_sizes_that_do_not_fit_the_model_are_config_errors() -> None:
     """They name the field, the value, and what would work."""
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size must divide.*6 heads, 3 KV heads.*got 2; 1 or 3 would work"):
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel_size must divide.*6 heads, 3 KV heads.*got 2; 1 or 3 would work"
+    ):
         TINY.check_parallel(2, 1)
-    with pytest.raises(ConfigError, match=r"pipeline_parallel_size must be at most.*4 layers, got 5; 1 to 4 would work"):
+    with pytest.raises(
+        ConfigError, match=r"pipeline_parallel_size must be at most.*4 layers, got 5; 1 to 4 would work"
+    ):
         TINY.check_parallel(1, 5)

@@ -11,9 +11,9 @@ from typing import Any, cast
 import attrs
 import pytest
 import torch
-from exec_core import CacheConfig, ConfigError, Executor, ExecutorConfig, ParallelConfig, WorkerContext, create_executor
 from gguf.constants import GGMLQuantizationType as Kind
 
+from exec_core import CacheConfig, ConfigError, Executor, ExecutorConfig, ParallelConfig, WorkerContext, create_executor
 from oracle import Oracle
 from reference_llm.checkpoint import Checkpoint
 from reference_llm.collectives import Collectives

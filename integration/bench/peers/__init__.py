@@ -42,8 +42,12 @@ class PeerSpec:
 
 
 OURS = "exec-mp"
+BARE = "exec-mp-bare"
 _SPECS = (
     PeerSpec(OURS, "exec-mp", "bench.peers.exec_mp_peer:ExecMp"),
+    PeerSpec(
+        BARE, "exec-mp, no process groups", "bench.peers.exec_mp_peer:ExecMpBare", workloads=("memory", "idle")
+    ),
     PeerSpec("exec-uniproc", "exec-uniproc", "bench.peers.exec_uniproc_peer:ExecUniproc", ns=(1,)),
     PeerSpec("eventfd", "C eventfd floor", "bench.peers.floor:EventfdFloor", workloads=("noop",)),
     PeerSpec("memcpy", "one memcpy", "bench.peers.floor:MemcpyFloor", workloads=("send",), ns=(1,)),

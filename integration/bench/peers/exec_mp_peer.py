@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import exec_core
-
 from bench.peer import Peer
 from bench.work import Work
 
@@ -32,14 +31,19 @@ class BenchWorker(exec_core.Worker):
         self._step(*request)
 
 
-def config(n: int, backend: str = "mp", rpc: exec_core.RpcConfig | None = None) -> exec_core.ExecutorConfig:
+def config(
+    n: int,
+    backend: str = "mp",
+    rpc: exec_core.RpcConfig | None = None,
+    device: exec_core.DeviceConfig | None = None,
+) -> exec_core.ExecutorConfig:
     """Default settings, on CPU; only warnings are logged."""
     return exec_core.ExecutorConfig(
         rpc=rpc or exec_core.RpcConfig(),
         worker_cls=BenchWorker,
         backend=backend,
         parallel=exec_core.ParallelConfig(tensor_parallel_size=n),
-        device=exec_core.DeviceConfig(device="cpu"),
+        device=device or exec_core.DeviceConfig(device="cpu"),
         log=exec_core.LogConfig(level="warning"),
     )
 
@@ -49,10 +53,11 @@ class ExecMp(Peer):
 
     distribution: ClassVar[str | None] = "exec-mp"
     backend: ClassVar[str] = "mp"
+    device: ClassVar[exec_core.DeviceConfig | None] = None
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        self._executor = exec_core.create_executor(config(n, self.backend))
+        self._executor = exec_core.create_executor(config(n, self.backend, device=self.device))
 
     def call(self, method: str, *args: Any, one_reply: bool = False) -> list[Any]:
         """`collective_rpc`: every rank has acknowledged when it returns, whoever's value was wanted."""
@@ -75,3 +80,9 @@ class ExecMp(Peer):
     def stop(self) -> None:
         """`shutdown`."""
         self._executor.shutdown()
+
+
+class ExecMpBare(ExecMp):
+    """Without process groups: the executor's own processes and nothing else. The threads of gloo never quite sleep."""
+
+    device: ClassVar[exec_core.DeviceConfig | None] = exec_core.DeviceConfig(device="cpu", distributed_backend="none")

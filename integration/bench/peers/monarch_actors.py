@@ -11,13 +11,13 @@ from bench.peer import Peer
 from bench.work import Work
 
 
-class BenchActor(Actor):
+class BenchActor(Actor):  # type: ignore[misc] # not installed where types are checked
     """Runs the methods of `Work`."""
 
     def __init__(self) -> None:
         self._work = Work()
 
-    @endpoint
+    @endpoint  # type: ignore[untyped-decorator] # likewise
     def run(self, method: str, args: tuple[Any, ...]) -> Any:
         """One call."""
         return self._work.run(method, args)

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,7 +67,8 @@ class TorchRpcPeer(Peer):
 
 def _join(name: str, rank: int, n: int, where: str) -> None:
     options = rpc.TensorPipeRpcBackendOptions(init_method=where, num_worker_threads=4)
-    rpc.init_rpc(name, rank=rank, world_size=n + 1, rpc_backend_options=options)
+    join: Callable[..., None] = rpc.init_rpc  # has no types
+    join(name, rank=rank, world_size=n + 1, rpc_backend_options=options)
 
 
 def _serve(rank: int, n: int, where: str) -> None:

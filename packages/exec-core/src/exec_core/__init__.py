@@ -23,6 +23,7 @@ from exec_core.errors import (
     WorkerDiedError,
     WorkerError,
     WorkerStartupError,
+    WorldJoinError,
 )
 from exec_core.executor import Executor
 from exec_core.group import WorkerGroup, WorkerInfo
@@ -67,5 +68,6 @@ __all__ = [
     "WorkerInit",
     "WorkerStartupError",
     "WorkerWrapper",
+    "WorldJoinError",
     "create_executor",
 ]

@@ -24,10 +24,11 @@ from exec_core import logs
 from exec_core.asynchronous import Room, awaited
 from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
 from exec_core.config import ExecutorConfig
-from exec_core.errors import ExecutorClosedError, RpcTimeoutError, WorkerDiedError, WorkerStartupError
+from exec_core.errors import ExecutorClosedError, WorkerDiedError
 from exec_core.group import WorkerGroup, WorkerInfo
 from exec_core.lifecycle import Lifecycle, State
 from exec_core.messages import Request, method_name
+from exec_core.startup import Phases, died
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int, int, str], None]
@@ -60,7 +61,10 @@ class BaseExecutor(abc.ABC):
         self._lifecycle = Lifecycle()
         self._group: WorkerGroup | None = None  # of this generation; set by the thread that starts or tears down
         self._closing = threading.Lock()  # held by the one thread that tears down
-        self._progress_lock = threading.Lock()  # one on_progress at a time
+        self._started = threading.Event()  # not while a start is in progress, in thread _starter
+        self._starter: int | None = None
+        self._phases = Phases(self._run, self._all_ranks, config.rpc.startup_timeout_s)
+        self._progress_lock = threading.Lock()  # one progress report at a time
         self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
         self._timeout_s = config.rpc.timeout_s
         self._room = Room()
@@ -112,56 +116,56 @@ class BaseExecutor(abc.ABC):
         names = {"executor": self._name, "backend": self.backend, "generation": self.generation}
         return logs.driver_logger(self._config.log, "exec_core.executor", rank=None, pid=os.getpid(), **names)
 
+    def _interrupt_launch(self) -> None:  # noqa: B027 # optional: not every backend waits for something
+        """For subclasses: makes a `_launch` in progress, in another thread, give up."""
+
     def _start(self) -> None:
+        self._starter = threading.get_ident()
+        self._started.clear()
+        try:
+            self._run_start()
+        finally:
+            self._started.set()
+
+    def _run_start(self) -> None:
         started = time.monotonic()
         self._log.info("executor starting", world_size=self.world_size)
-        startup_s = self._config.rpc.startup_timeout_s
         try:
-            self._group = self._launch(deadline_after(startup_s))
-            self._start_phase("init_worker", (list(self._group.inits),))
+            group = self._group = self._launch(deadline_after(self._config.rpc.startup_timeout_s))
+            self._start_phase("init_worker", (list(group.inits),))
             self._start_phase("init_device")
             self._start_phase("load_model", max_concurrent=self._config.parallel.max_parallel_loading_workers)
             if not self._lifecycle.move(State.READY):
                 self._raise_not_ready()
         except BaseException as error:
-            self._log.error("executor did not start", error=str(error))
-            with self._closing:
-                self._teardown(error)
-            if self.generation:
-                self._lifecycle.move(State.FAILED, error)
-            else:
-                self._lifecycle.move(State.CLOSING)
-                self._lifecycle.move(State.CLOSED)
-                _live.discard(self)
+            shut_down = isinstance(error, Exception) and self.state in {State.CLOSING, State.CLOSED}
+            self._clean_up_start(error)
+            if shut_down and not isinstance(error, ExecutorClosedError):
+                raise ExecutorClosedError("shut down while it was starting") from error
             raise
         self._log.info("executor ready", duration_ms=round((time.monotonic() - started) * 1e3, 1))
 
+    def _clean_up_start(self, error: BaseException) -> None:
+        self._log.error("executor did not start", error=f"{type(error).__name__}: {error}")
+        with self._closing:
+            self._teardown(error)
+        if self.generation:
+            self._lifecycle.move(State.FAILED, error)
+        else:
+            self._lifecycle.move(State.CLOSING)
+            self._lifecycle.move(State.CLOSED)
+            _live.discard(self)
+
     def _raise_not_ready(self) -> NoReturn:
-        raise self._lifecycle.doomed or ExecutorClosedError("shut down while it was starting")
+        doomed = self._lifecycle.doomed
+        if isinstance(doomed, WorkerDiedError):
+            raise died(doomed, "load_model") from doomed
+        raise doomed or ExecutorClosedError("shut down while it was starting")
 
     def _start_phase(self, phase: str, args: tuple[Any, ...] = (), max_concurrent: int | None = None) -> None:
-        timeout_s = self._config.rpc.startup_timeout_s
-        call = Call(
-            Request(phase, args),
-            self._all_ranks,
-            (),
-            timeout_s,
-            deadline_after(timeout_s),
-            max_concurrent=max_concurrent,
-        )
-        try:
-            self._run(call)
-        except RpcTimeoutError as error:
-            first = error.pending_ranks[0] if error.pending_ranks else None
-            why = f"not done after {error.timeout_s:g} s (RpcConfig.startup_timeout_s)"
-            raise WorkerStartupError(first, phase, f"{why}: {error}") from error
-        except WorkerDiedError as error:
-            raise WorkerStartupError(error.rank, phase, str(error), error.pid) from error
-        except Exception as error:
-            if call.failure is None:
-                raise
-            why = f"{type(error).__name__}: {error}"
-            raise WorkerStartupError(call.failure.rank, phase, why, call.failure.pid) from error
+        if self.state is not State.STARTING:
+            self._raise_not_ready()
+        self._phases.run(phase, args, max_concurrent)
 
     def _open_group(self, call: Call) -> WorkerGroup:
         group = self._group
@@ -177,9 +181,10 @@ class BaseExecutor(abc.ABC):
 
     def _teardown(self, error: BaseException) -> None:
         """Under ``_closing``: ends the workers, whatever state they are in."""
-        group, self._group = self._group, None
+        group = self._group
         if group is not None:
             group.close(error, deadline_after(self._config.rpc.shutdown_timeout_s))
+            self._group = None  # not before: Ctrl-C in a close leaves the rest of it to the next
 
     def shutdown(self) -> None:
         """Closes, whatever the state: calls in flight raise `ExecutorClosedError`, workers end.
@@ -189,17 +194,24 @@ class BaseExecutor(abc.ABC):
         """
         if os.getpid() != self._lifecycle.pid:  # a forked child has only a copy
             return
-        closes = self._lifecycle.move(State.CLOSING)
+        if self._lifecycle.move(State.CLOSING):
+            self._log.info("executor closing")
+        deadline = deadline_after(self._config.rpc.shutdown_timeout_s)
+        if not self._started.is_set():
+            self._interrupt_launch()
         with self._closing:
-            if self.state is State.CLOSED:
-                return
-            started = time.monotonic()
-            if closes:
-                self._log.info("executor closing")
-            self._teardown(ExecutorClosedError("the executor was shut down"))
-            self._lifecycle.move(State.CLOSED)
-            _live.discard(self)
-            self._log.info("executor closed", duration_ms=round((time.monotonic() - started) * 1e3, 1))
+            self._close()
+        if self._starter != threading.get_ident():  # else it is a callback of the start itself that closes
+            self._started.wait(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+
+    def _close(self) -> None:
+        if self.state is State.CLOSED:
+            return
+        started = time.monotonic()
+        self._teardown(ExecutorClosedError("the executor was shut down"))
+        self._lifecycle.move(State.CLOSED)
+        _live.discard(self)
+        self._log.info("executor closed", duration_ms=round((time.monotonic() - started) * 1e3, 1))
 
     def __enter__(self) -> Self:
         return self
@@ -240,8 +252,8 @@ class BaseExecutor(abc.ABC):
         failed = self._lifecycle.fail(error)
         fail_pending()
         if failed:
-            self._log.error("executor failed", error=str(error), method=getattr(error, "method", None))
             self._lifecycle.notify(error, self._log, self._restart_by_itself)
+            self._log.error("executor failed", error=str(error), method=getattr(error, "method", None))
 
     def _restart_by_itself(self) -> None:
         while self._restarts_left > 0 and self.state is State.FAILED:
@@ -367,8 +379,9 @@ class BaseExecutor(abc.ABC):
 
     def _report_progress(self, rank: int, done: int, total: int, what: str) -> None:
         """For backends: passes a worker's progress on."""
-        if self._on_progress is not None:
-            with self._progress_lock:
+        with self._progress_lock:
+            self._phases.progress(rank, done, total, what)
+            if self._on_progress is not None:
                 try:
                     self._on_progress(rank, done, total, what)
                 except Exception:  # the caller's, and whoever delivers it has other work to do

@@ -11,6 +11,7 @@ import attrs
 
 from exec_core import distributed
 from exec_core.config import ExecutorConfig
+from exec_core.errors import ConfigError, WorldJoinError
 
 ReportProgress = Callable[[int, int, str], None]
 
@@ -66,6 +67,7 @@ class WorkerContext:
     log: Any = None
     _progress: ReportProgress = lambda done, total, what: None
     _membership: distributed.Membership | None = None
+    _replicas: int | None = None  # of the world joined, where that is not the one it was made for
 
     @property
     def tp_size(self) -> int:
@@ -77,7 +79,7 @@ class WorkerContext:
 
     @property
     def dp_size(self) -> int:
-        return self.config.parallel.data_parallel_size
+        return self._replicas or self.config.parallel.data_parallel_size
 
     @property
     def world_size(self) -> int:
@@ -149,6 +151,33 @@ class WorkerContext:
             )
         )
         self.groups = self._membership.groups
+
+    def rejoin(self, dp_rank: int, dp_size: int, init_method: str) -> None:
+        """Leaves the present world and joins one of ``dp_size`` replicas, this one being number ``dp_rank``.
+
+        Raises:
+            ConfigError: when that cannot work; nothing has changed.
+            WorldJoinError: the present world is left, and the new one could not be joined. A rank that was alone is alone
+                again, any other belongs to no world.
+        """
+        replica = self.tp_size * self.pp_size
+        rank, world_size = dp_rank * replica + self.rank % replica, dp_size * replica
+        if world_size > 1 and init_method.endswith(":0"):
+            raise ConfigError("new_data_parallel_master_port", f"must be given for a world of {world_size} ranks", 0)
+        if dp_rank >= dp_size:
+            raise ConfigError(
+                "new_data_parallel_rank", f"must be below {dp_size}", dp_rank, "the present rank cannot be kept"
+            )
+        if self._membership is not None:
+            self._membership.check_may_leave()
+        was_alone = self.world_size == 1
+        try:
+            self.join(rank, world_size, init_method if world_size > 1 else None)
+        except Exception as error:
+            if was_alone:
+                self.join(0, 1, None)
+            raise WorldJoinError(rank, world_size, init_method, str(error).splitlines()[0], was_alone) from error
+        self.rank, self._replicas = rank, dp_size
 
     def leave(self) -> None:
         """Leaves the world, if any."""

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -87,6 +88,14 @@ class Membership:
         self._owned = owned  # subgroups made for this membership; empty when the default group goes with it
         self._counted = counted
 
+    def check_may_leave(self) -> None:
+        """Raises `ConfigError` where leaving would not free the process for another world."""
+        if not self._counted or _users > 1:
+            raise ConfigError(
+                "the default process group", "must be this executor's own for it to join another world",
+                "the program's" if not self._counted else f"shared by {_users} executors",
+            )  # fmt: skip
+
     def leave(self) -> None:
         """Destroys what `join` made. Twice is fine; the host's own groups stay."""
         import torch.distributed as dist
@@ -152,10 +161,24 @@ def _init_default(world: World) -> None:
         options["timeout"] = datetime.timedelta(seconds=world.timeout_s)
     if world.init_method is None:
         options["store"] = dist.HashStore()  # type: ignore[attr-defined] # public, not listed in its __all__
+    elif world.init_method.startswith("tcp://"):
+        options["store"] = _tcp_store(world)
     else:
         options["init_method"] = world.init_method
     with _excepthook_kept():
         dist.init_process_group(_backend(world), **options)
+
+
+def _tcp_store(world: World) -> Any:
+    """What ``tcp://host:port`` means everywhere, but not to torch in a process of torchrun, where nobody would listen."""
+    import torch.distributed as dist
+
+    url = urlsplit(world.init_method or "")
+    timeout_s = world.timeout_s or dist.default_pg_timeout.total_seconds()
+    return dist.TCPStore(  # type: ignore[attr-defined] # public, not listed in its __all__
+        str(url.hostname), int(url.port or 0), world.world_size, is_master=world.rank == 0,
+        timeout=datetime.timedelta(seconds=timeout_s), multi_tenant=True,
+    )  # fmt: skip
 
 
 def _backend(world: World) -> str:

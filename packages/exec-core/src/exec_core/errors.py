@@ -151,7 +151,7 @@ class WorkerDiedError(ExecutorError):
     """A worker process ended while it was needed. It names the first worker to fail, by time.
 
     Attributes:
-        rank, pid: the worker.
+        rank, pid: the worker; None when all went at once, with the process that forked them.
         exit_code: its exit code, or None when a signal ended it or the code is unknown.
         signal_name: such as ``SIGKILL``, or None.
         method: the call it was in, or None when idle.
@@ -178,7 +178,8 @@ class WorkerDiedError(ExecutorError):
         else:
             how = "is gone, exit code unknown"
         where = f" in {method!r}" if method else " while idle"
-        text = f"rank {rank} (pid {pid}) {how}{where}" + (f": {why}" if why else "")
+        who = f"rank {rank} (pid {pid}) {how}{where}"
+        text = f"all workers are gone: {why}" if rank is None else who + (f": {why}" if why else "")
         if last_log_lines:
             text += "; its last lines:\n  " + "\n  ".join(last_log_lines)
         super().__init__(text)
@@ -250,6 +251,21 @@ class WorkerError(ExecutorError):
         self.rank, self.pid, self.method = rank, pid, method
         self.type_name, self.text, self.traceback = type_name, text, traceback
         super().__init__(f"rank {rank} (pid {pid}) in {method!r}: {type_name}: {text}" + (f" ({why})" if why else ""))
+
+
+class WorldJoinError(ExecutorError):
+    """A rank has left its world and could not join another one.
+
+    Attributes:
+        rank, world_size: in the world that it wanted to join.
+        address: where that meets.
+        is_alone: it is a world of its own again, and goes on; otherwise it belongs to no world.
+    """
+
+    def __init__(self, rank: int, world_size: int, address: str, why: str, is_alone: bool) -> None:
+        self.rank, self.world_size, self.address, self.is_alone = rank, world_size, address, is_alone
+        now = "it is on its own again" if is_alone else "it belongs to no world now; call restart() or shutdown()"
+        super().__init__(f"rank {rank} of {world_size} could not join the world at {address}: {why}; {now}")
 
 
 class RemoteTraceback(Exception):  # noqa: N818 # not an error itself: where one came from

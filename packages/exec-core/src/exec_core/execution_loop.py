@@ -1,100 +1,166 @@
 """The execution loop: ranks that are no TP drivers stay in a loop of their own and get each step from their driver.
 
-Then a step is sent to the TP drivers only, and each hands it to its group by a broadcast. Errors come from two sides:
-from the drivers, as replies to the step, and from the other ranks, as the end of the loop.
+    step     sent to the TP drivers only; each hands it to its group by a broadcast and runs it
+    None     the same, and all leave their loops
+
+A rank that raises leaves its loop: the steps in flight fail at once, since the drivers may wait for it for ever.
+Stopping then has it join the loop once more, for the None that its driver broadcasts, and raises the error unless a
+step has.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from exec_core.errors import ExecutorBusyError, ExecutorError
+from exec_core.errors import ExecutorBusyError
 
 if TYPE_CHECKING:
     from exec_core.executor import Executor
+
+_REMEDY = "call stop_remote_worker_execution_loop() first"
 
 
 class ExecutionLoop:
     """Starts, feeds and ends the loop of one executor.
 
-    ``_ended`` is the future of the call that all looping ranks are in; it is set by the thread that starts the loop and
-    cleared by whichever thread sees it end. ``_steps`` are the steps in flight; whoever removes one finishes it.
+    ``_lock`` guards what follows it; futures are finished without it.
     """
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._ended: Future[Any] | None = None
-        self._steps: dict[Future[Any], bool] = {}  # whether it ends the loop
+        self._lock = threading.Lock()
+        self._running = False
+        self._inside: dict[int, Future[Any]] = {}  # each looping rank's call
+        self._steps: set[Future[Any]] = set()  # in flight; whoever removes one finishes it
+        self._error: BaseException | None = None  # the first of a rank that has left its loop
+        self._raised = False  # a step has raised it
+        self._stop: Future[Any] | None = None  # of the step that ends the loop, once it is asked for
 
     @property
     def running(self) -> bool:
-        return self._ended is not None
+        return self._running
 
-    def refuse(self, method: str, ranks: tuple[int, ...]) -> None:
+    def refuse(self, method: str, ranks: Sequence[int]) -> None:
         """Raises `ExecutorBusyError` when one of ``ranks`` is in the loop: the call would wait for the loop's end."""
-        size = self._executor.config.parallel.tensor_parallel_size
-        looping = [rank for rank in ranks if rank % size]
-        if self.running and looping:
-            raise ExecutorBusyError(
-                method, f"ranks {looping} are in the execution loop", 1, self._executor.config.max_in_flight,
-                "call stop_remote_worker_execution_loop() first",
-            )  # fmt: skip
+        if looping := [rank for rank in ranks if rank in self._inside]:
+            raise self._busy(method, f"ranks {looping} are in the execution loop")
+
+    def _busy(self, method: str, why: str) -> ExecutorBusyError:
+        return ExecutorBusyError(method, why, len(self._inside), self._executor.config.max_in_flight, _REMEDY)
 
     def start(self) -> Future[Any]:
-        executor = self._executor
+        """Sends the ranks that are no TP drivers into the loop; the future is done when all have left it."""
+        executor, ended = self._executor, Future[Any]()
+        executor.check_open("start_worker_execution_loop")
+        ended.set_running_or_notify_cancel()
+        with self._lock:
+            if self._running:
+                raise self._busy("start_worker_execution_loop", "the loop runs already")
+            self._running, self._error, self._raised, self._stop = True, None, False, None
         size = executor.config.parallel.tensor_parallel_size
         others = [rank for rank in range(executor.world_size) if rank % size]
-        if self.running:
-            raise ExecutorBusyError(
-                "start_worker_execution_loop", "the loop runs already", 1, executor.config.max_in_flight,
-                "call stop_remote_worker_execution_loop() first",
-            )  # fmt: skip
-        ended = executor.collective_rpc("start_worker_execution_loop", float("inf"), ranks=others, non_block=True)
-        self._ended = ended
-        if others:
-            ended.add_done_callback(self._loop_done)
+        left: list[Future[Any]] = []
+        try:
+            for rank in others:
+                self._enter(rank).add_done_callback(functools.partial(self._count_out, left, len(others), ended))
+        except BaseException:
+            if not self._inside:  # else some are in it, and stopping gets them out
+                self._running = False
+            raise
+        if not others:
+            ended.set_result([])
         return ended
+
+    def _enter(self, rank: int) -> Future[Any]:
+        inside = self._executor.enter_loop(rank)
+        self._inside[rank] = inside
+        inside.add_done_callback(functools.partial(self._left, rank))
+        return inside
+
+    @staticmethod
+    def _count_out(left: list[Future[Any]], total: int, ended: Future[Any], inside: Future[Any]) -> None:
+        left.append(inside)  # atomic
+        error = inside.exception()
+        if error is not None and not ended.done():
+            ended.set_exception(error)
+        elif len(left) == total and not ended.done():
+            ended.set_result([None] * total)
 
     def step(self, request: Any) -> Future[Any]:
         """Sends one step to the drivers; None ends the loop, and is done when all ranks have left it."""
         executor, step = self._executor, Future[Any]()
         step.set_running_or_notify_cancel()
-        if self._ended is None:
+        with self._lock:
+            error = self._error if self._running and request is not None else None
+            running = self._running and self._stop is None
+            if running and error is None:
+                self._steps.add(step)
+                self._stop = step if request is None else None
+            self._raised = self._raised or error is not None
+        if error is not None:
+            raise error
+        if not running:
             step.set_result(None)
             return step
-        self._steps[step] = request is None
-        drivers = range(0, executor.world_size, executor.config.parallel.tensor_parallel_size)
+        size = executor.config.parallel.tensor_parallel_size
         try:
-            driven = executor.submit_step("drive_execution_loop", request, drivers)
+            driven = executor.submit_step("drive_execution_loop", request, range(0, executor.world_size, size))
         except BaseException:
-            self._steps.pop(step, None)
+            with self._lock:
+                self._steps.discard(step)
+                self._stop = None
             raise
-        # Ending it means waiting for the other ranks, unless there are none or the drivers cannot tell them.
-        driven.add_done_callback(functools.partial(self._driven, step, request is None))
-        if self._ended is None:  # it has ended in the meantime, and its callback did not see this step
-            self._finish(step, ExecutorError("the execution loop ended before this step"))
+        if request is None:
+            for rank, inside in list(self._inside.items()):
+                if inside.done():
+                    self._enter(rank)
+        driven.add_done_callback(functools.partial(self._driven, step))
         return step
 
-    def _driven(self, step: Future[Any], ends: bool, driven: Future[Any]) -> None:
-        ended, error = self._ended, driven.exception()
-        if ends and error is None and ended is not None and not ended.done():
+    def _driven(self, step: Future[Any], driven: Future[Any]) -> None:
+        """The drivers have run a step."""
+        error = driven.exception()
+        if step is not self._stop:
+            self._finish(step, error, None if error is not None else driven.result())
             return
-        if ends:
-            self._ended = None
-        self._finish(step, error, None if error is not None or ends else driven.result())
+        with self._lock:
+            self._running = False
+        if error is not None:
+            self._finish(step, error)
+        else:
+            self._left_all()
 
-    def _loop_done(self, ended: Future[Any]) -> None:
-        self._ended = None
-        error = ended.exception()
-        for step, ends in list(self._steps.items()):
-            if ends or error is not None:
+    def _left(self, rank: int, inside: Future[Any]) -> None:
+        """A rank has left its loop."""
+        error = inside.exception()
+        if error is not None:
+            with self._lock:
+                self._error = self._error or error
+                steps = [step for step in self._steps if step is not self._stop]
+                self._raised = self._raised or bool(steps)
+            for step in steps:
                 self._finish(step, error)
+            if self._stop is not None and self._inside.get(rank) is inside and not self._executor.is_down:
+                self._enter(rank)  # its driver's None is still to come
+                return
+        self._left_all()
+
+    def _left_all(self) -> None:
+        """Finishes the step that ends the loop, when its drivers have run it and all ranks have left."""
+        stop = self._stop
+        if stop is not None and not self._running and all(inside.done() for inside in self._inside.values()):
+            self._inside.clear()
+            self._finish(stop, None if self._raised else self._error)
 
     def _finish(self, step: Future[Any], error: BaseException | None, value: Any = None) -> None:
-        if self._steps.pop(step, None) is None:  # the other side was first
-            return
+        with self._lock:
+            if step not in self._steps:  # the other side was first
+                return
+            self._steps.remove(step)
         if error is not None:
             step.set_exception(error)
         else:

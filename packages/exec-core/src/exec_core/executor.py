@@ -11,9 +11,10 @@ from exec_core.asynchronous import awaited
 from exec_core.base import BaseExecutor, OnProgress
 from exec_core.calls import Call
 from exec_core.config import ExecutorConfig
-from exec_core.errors import RpcTimeoutError
+from exec_core.errors import RpcTimeoutError, WorldJoinError
 from exec_core.execution_loop import ExecutionLoop
-from exec_core.messages import method_name
+from exec_core.lifecycle import State
+from exec_core.messages import Request, method_name
 from exec_core.worker import ReconfigureDistributedRequest
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class Executor(BaseExecutor):
         self._loop = ExecutionLoop(self)
 
     def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:
-        if self._loop.running and method != "start_worker_execution_loop":
+        if self._loop.running:
             self._loop.refuse(method_name(method), ranks)
 
     @staticmethod
@@ -66,6 +67,20 @@ class Executor(BaseExecutor):
     def submit_step(self, method: str, request: Any, ranks: Sequence[int]) -> Future[Any]:
         """`execute_model` by another name, on some ranks only; for the execution loop."""
         return self._submit(self._step_call(method, request, ranks), wait=True)
+
+    def enter_loop(self, rank: int) -> Future[Any]:
+        """Sends one rank into the execution loop, past the check that keeps other calls from such ranks."""
+        request = Request("start_worker_execution_loop", wants_value=False)
+        return self._submit(Call(request, (rank,), ()), wait=True)
+
+    def check_open(self, method: str) -> None:
+        """Raises unless a call may be sent now; see `Lifecycle.check_open`."""
+        self._lifecycle.check_open(method)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether no call can be sent any more."""
+        return self.state is not State.READY
 
     def _step_call(self, method: str, request: Any, ranks: Sequence[int] | None) -> Call:
         limit = self._config.rpc.execute_model_timeout_s
@@ -128,8 +143,18 @@ class Executor(BaseExecutor):
         """Leaves the world and joins the one that ``request`` describes; the model stays.
 
         Or shuts this replica down.
+
+        Raises:
+            ConfigError: this executor cannot do that; nothing has changed.
+            WorldJoinError: the new world could not be joined. A replica of one rank is on its own again and the
+                executor goes on; otherwise it is FAILED.
         """
-        self.collective_rpc("reinitialize_distributed", args=(request,))
+        try:
+            self.collective_rpc("reinitialize_distributed", args=(request,))
+        except WorldJoinError as error:
+            if not error.is_alone:
+                self._fail(error, lambda: None)
+            raise
         if request.shuts_down:
             self.shutdown()
 

@@ -40,7 +40,7 @@ class WorkerGroup(Protocol):
         """How to build each worker."""
 
     def run(self, call: Call) -> Any:
-        """Sends ``call``, waits for all its ranks, and returns ``call.result(values)``, or raises with ``call.failure`` set."""
+        """Sends ``call``, waits for its ranks, returns ``call.result(values)``, or raises with ``call.failure`` set."""
 
     def submit(self, call: Call, wait: bool) -> Future[Any]:
         """Sends ``call`` and returns its future.

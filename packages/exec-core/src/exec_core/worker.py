@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import attrs
 
 from exec_core.context import WorkerContext
-from exec_core.errors import ExecutorError
+from exec_core.errors import ConfigError, ExecutorError
 
 
 @attrs.frozen
@@ -19,7 +19,11 @@ class ReconfigureDistributedRequest:
     Attributes:
         new_data_parallel_size: replicas of the new world.
         new_data_parallel_rank: this replica's number there, or `KEEP_CURRENT_RANK`, or `SHUTDOWN_CURRENT_RANK`.
-        new_data_parallel_master_ip, new_data_parallel_master_port: where rank 0 of the new world listens.
+        new_data_parallel_master_ip, new_data_parallel_master_port: where rank 0 of the new world listens; a world of one
+            rank needs no port.
+
+    Raises:
+        ConfigError: for a rank that the new world does not have, or a port that none is.
     """
 
     KEEP_CURRENT_RANK = -1
@@ -29,6 +33,17 @@ class ReconfigureDistributedRequest:
     new_data_parallel_rank: int
     new_data_parallel_master_ip: str = "127.0.0.1"
     new_data_parallel_master_port: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        size, rank, port = self.new_data_parallel_size, self.new_data_parallel_rank, self.new_data_parallel_master_port
+        name = type(self).__name__
+        if size < 1:
+            raise ConfigError(f"{name}.new_data_parallel_size", "must be an integer >= 1", size)
+        if not self.SHUTDOWN_CURRENT_RANK <= rank < size:
+            rule = f"must be a rank below {size}, KEEP_CURRENT_RANK (-1) or SHUTDOWN_CURRENT_RANK (-2)"
+            raise ConfigError(f"{name}.new_data_parallel_rank", rule, rank)
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"{name}.new_data_parallel_master_port", "must be a port", port)
 
     @property
     def shuts_down(self) -> bool:
@@ -148,11 +163,10 @@ class Worker:
         if request.shuts_down:
             context.leave()
             return
-        replica = context.tp_size * context.pp_size
         keep = request.new_data_parallel_rank == request.KEEP_CURRENT_RANK
         dp_rank = context.dp_rank if keep else request.new_data_parallel_rank
-        url = f"tcp://{request.new_data_parallel_master_ip}:{request.new_data_parallel_master_port}"
-        context.join(dp_rank * replica + context.rank % replica, request.new_data_parallel_size * replica, url)
+        host, port = request.new_data_parallel_master_ip, request.new_data_parallel_master_port
+        context.rejoin(dp_rank, request.new_data_parallel_size, f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
 
     def shutdown(self) -> None:
         """Gives up what this worker holds. The process groups are left afterwards by the wrapper."""

@@ -29,7 +29,7 @@ from exec_mp._boot import Boot
 from exec_mp._protocol import MAX_BYTES, Exited, Fork, Forked, Open, Opened, Refused, Signal
 
 _STOP_S = 5.0  # for a fork server to end; it only has to kill and reap
-_LIMITS = "check the limits on processes, open files and memory (ulimit -a)"
+LIMITS = "check the limits on processes, open files and memory (ulimit -a)"
 
 _lock = threading.Lock()  # guards _server
 _server: ForkServer | None = None
@@ -142,7 +142,7 @@ class Session:
             os.close(memory)
         forked, pidfd = self._expect(Forked, deadline, "a fork", rank)
         if pidfd is None:
-            raise WorkerStartupError(rank, "launch", "no descriptor is left for it", forked.pid, remedy=_LIMITS)
+            raise WorkerStartupError(rank, "launch", "no descriptor is left for it", forked.pid, remedy=LIMITS)
         return forked.pid, pidfd
 
     def _expect(self, wanted: type[Any], deadline: float, what: str, rank: int | None = None) -> tuple[Any, int | None]:
@@ -155,7 +155,7 @@ class Session:
                 record, pidfd = self._receive()
                 if record is None:
                     why = f"{self._server.how_it_ended()} while waiting for {what}"
-                    raise WorkerStartupError(rank, "launch", why, remedy=f"see stderr, and {_LIMITS}")
+                    raise WorkerStartupError(rank, "launch", why, remedy=f"see stderr, and {LIMITS}")
                 if isinstance(record, wanted):
                     return record, pidfd
                 if isinstance(record, Refused):

@@ -18,7 +18,8 @@ import time
 from typing import Any
 
 from exec_core import messages
-from exec_core.messages import Format, Reply, Request, Status
+from exec_core.errors import ExecutorError
+from exec_core.messages import Encoded, Format, Reply, Request, Status
 from exec_core.worker import as_async_output
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
 from exec_mp._channel import NOTHING, Incoming, WorkerChannel
@@ -43,14 +44,14 @@ class Replier:
         if error is None and wants_value and reply.value is not None:
             try:
                 body = messages.encode(reply.value, f"the result of {name!r}")
-            except Exception as unpicklable:
+            except BaseException as unpicklable:  # pickling runs the user's code, which may also exit
                 error = unpicklable
         if error is not None:
-            status, body = Status.ERROR, messages.encode_error(error)
+            status, body = Status.ERROR, _encode_error(error)
         with self._lock:
             try:
                 self._channel.publish(call_id, status, body, reply.time_ns)
-            except Exception as unsendable:  # too large, or no memory: the small error always fits
+            except ExecutorError as unsendable:  # too large, or no memory: the small error always fits
                 self._channel.publish(call_id, Status.ERROR, messages.encode_error(unsendable), reply.time_ns)
 
     def progress(self, done: int, total: int, what: str) -> None:
@@ -61,6 +62,16 @@ class Replier:
                 return
             self._progress_at = now
             self._channel.publish(0, Status.PROGRESS, messages.encode((done, total, what)), 0)
+
+
+def _encode_error(error: BaseException) -> Encoded:
+    try:
+        return messages.encode_error(error)
+    except BaseException as unspeakable:  # its own __str__ or __reduce__ raises
+        name = type(error).__qualname__
+        why = f"{name}, which cannot be told: {type(unspeakable).__name__} in its own methods"
+        told = ExecutorError(f"the worker raised {why}")
+        return messages.encode_error(told.with_traceback(error.__traceback__))
 
 
 class _Outputs:
@@ -142,9 +153,8 @@ def main(geometry: Geometry, rank: int, threads: int | None) -> None:
     StackReporter(STACK_BELL_FD, STACKS_FD, rank, channel.count_stack)
     replier = Replier(channel)
     wrapper = WorkerWrapper(rank, replier.progress)
-    try:
-        serve(channel, wrapper, replier)
-    finally:
-        wrapper.shutdown()
-        with contextlib.suppress(Exception):
-            atexit._run_exitfuncs()
+    # Whatever this raises, the channel is broken and the driver must see the process end: no clean-up that may hang.
+    serve(channel, wrapper, replier)
+    wrapper.shutdown()
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()

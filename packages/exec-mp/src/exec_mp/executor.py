@@ -10,13 +10,13 @@ from typing import ClassVar
 from exec_core import devices, logs
 from exec_core.context import WorkerInit
 from exec_core.devices import Placement
-from exec_core.errors import ConfigError
+from exec_core.errors import ConfigError, ExecutorError, WorkerStartupError
 from exec_core.executor import Executor
 from exec_core.group import WorkerGroup
 from exec_core.inprocess import InProcessGroup
 from exec_mp._channel import SPIN_S
 from exec_mp._group import ProcessGroup
-from exec_mp._launcher import Session, boot_record, fork_server, run_program
+from exec_mp._launcher import LIMITS, Session, boot_record, fork_server, run_program
 from exec_mp._layout import Geometry
 from exec_mp._output import WorkerOutput
 from exec_mp._parts import Hooks, Parts
@@ -34,6 +34,7 @@ class MultiprocessingDistributedExecutor(Executor):
     """
 
     backend: ClassVar[str] = "mp"
+    _session: Session | None = None  # while it is being launched
 
     def _launch(self, deadline: float) -> WorkerGroup:
         _check(self._config.parallel.data_parallel_size)
@@ -45,13 +46,27 @@ class MultiprocessingDistributedExecutor(Executor):
             _refuse_process_group()
         rpc = self._config.rpc
         preload = rpc.preload if rpc.start_method == "forkserver" else ()
-        session = fork_server().open(preload, self._private_root)
         try:
-            session.ready(deadline)
-            return self._fork_group(session, inline, deadline)
-        except BaseException:
-            session.close()
-            raise
+            session = self._session = fork_server().open(preload, self._private_root)
+            try:
+                session.ready(deadline)
+                return self._fork_group(session, inline, deadline)
+            except BaseException:
+                session.close()
+                raise
+        except OSError as error:
+            if isinstance(error, ExecutorError):
+                raise
+            raise WorkerStartupError(None, "launch", f"the system refuses: {error}", remedy=LIMITS) from error
+        except RuntimeError as error:  # what a thread that cannot be started raises
+            raise WorkerStartupError(None, "launch", str(error), remedy=LIMITS) from error
+        finally:
+            self._session = None
+
+    def _interrupt_launch(self) -> None:
+        session = self._session
+        if session is not None:
+            session.abort()
 
     def _fork_group(self, session: Session, inline: bool, deadline: float) -> ProcessGroup:
         placement = devices.place(

@@ -39,7 +39,7 @@ def digest_call(
 ) -> bytes:
     """16 bytes, equal for equal calls."""
     state = hashlib.blake2b(digest_size=16)
-    _feed(state.update, (method, tuple(args), dict(kwargs), options), _DEPTH)
+    _feed(state.update, (method, args, kwargs, options), _DEPTH)
     return state.digest()
 
 

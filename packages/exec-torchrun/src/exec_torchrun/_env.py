@@ -97,7 +97,8 @@ def _number(env: Mapping[str, str], name: str, least: int, most: int | None, rem
 
 def _remedy(parallel: ParallelConfig) -> str:
     ranks = parallel.world_size * parallel.data_parallel_size
-    program = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0].endswith(".py") else "program.py"
+    name = os.path.basename(sys.argv[0])
+    program = name if name.endswith(".py") and not name.startswith("__") else "program.py"
     return f"start it with: torchrun --nproc-per-node {ranks} {program}"
 
 

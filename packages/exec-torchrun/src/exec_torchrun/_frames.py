@@ -20,6 +20,8 @@ import attrs
 _HEAD = struct.Struct("<B3xIQdd16s")
 _PART = struct.Struct("<qQ")
 _CHUNK = 1 << 16
+_LOOK_S = struct.pack("ll", 0, 100_000)  # a receiver looks at its deadline so often (struct timeval)
+_STUCK_S = struct.pack("ll", 30, 0)  # a receiver that has not taken anything for so long gets nothing more
 
 Part = tuple[int, bytes]
 
@@ -46,6 +48,9 @@ class Kind(enum.IntEnum):
     BYE = 14  # all have left
 
 
+_KINDS = tuple(Kind)
+
+
 @attrs.define  # not frozen: some are made for every call, and a frozen one costs three times as much
 class Frame:
     """One message. Not changed once made.
@@ -69,53 +74,56 @@ class Frame:
     def numbers(self) -> tuple[int, ...]:
         return tuple(number for number, _ in self.parts)
 
+    def packed(self) -> bytes:
+        """The bytes that travel."""
+        parts = self.parts
+        head = _HEAD.pack(self.kind, len(parts), self.turn, self.wait_s, self.limit_s, self.digest)
+        if not parts:
+            return head
+        table = [_PART.pack(number, len(body)) for number, body in parts]
+        return b"".join([head, *table, *[body for _, body in parts]])
+
 
 class Connection:
     """A socket that carries frames. One thread sends at a time, one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel's own limits: Python's would poll before every read and write.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK_S)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _STUCK_S)
         self.sock = sock
         self._buffer = bytearray()
         self.ended = False  # the other side has closed, or the connection broke
 
     def send(self, frame: Frame) -> None:
         """Sends ``frame``. A broken connection shows when it is read from."""
-        parts = frame.parts
-        data = _HEAD.pack(frame.kind, len(parts), frame.turn, frame.wait_s, frame.limit_s, frame.digest)
-        if parts:
-            table = b"".join([_PART.pack(number, len(body)) for number, body in parts])
-            data = b"".join([data, table, *[body for _, body in parts]])
-        try:
+        self.send_packed(frame.packed())
+
+    def send_packed(self, data: bytes) -> None:
+        """Sends what `Frame.packed` made."""
+        with contextlib.suppress(OSError):
             self.sock.sendall(data)
-        except OSError:
-            pass
 
     def receive(self, deadline: float) -> Frame | None:
         """The next frame; None when there is none by ``deadline``, or no more will come (`ended`)."""
         while (frame := self.pop()) is None and not self.ended:
-            remaining = deadline - time.monotonic()
-            self.sock.settimeout(None if remaining == math.inf else max(0.0, remaining))
-            try:
-                self.fill(0)
-            except TimeoutError:
+            if not self.fill() and time.monotonic() >= deadline:
                 return None
         return frame
 
-    def fill(self, flags: int) -> None:
-        """Reads what has come; with ``socket.MSG_DONTWAIT`` nothing is fine."""
+    def fill(self, flags: int = 0) -> bool:
+        """Takes what has come; False for nothing, at once with ``socket.MSG_DONTWAIT``, otherwise after `_LOOK_S`."""
         try:
             data = self.sock.recv(_CHUNK, flags)
         except BlockingIOError:
-            return
-        except TimeoutError:
-            raise
+            return False
         except OSError:
             data = b""
-        if data:
-            self._buffer += data
-        else:
-            self.ended = True
+        self._buffer += data
+        self.ended = not data
+        return True
 
     def pop(self) -> Frame | None:
         """Takes a whole frame out of what has come."""
@@ -123,19 +131,17 @@ class Connection:
         if len(buffer) < _HEAD.size:
             return None
         kind, n_parts, turn, wait_s, limit_s, digest = _HEAD.unpack_from(buffer)
-        position = _HEAD.size + n_parts * _PART.size
-        if len(buffer) < position:
-            return None
-        table = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)]
-        end = position + sum(nbytes for _, nbytes in table)
+        end = _HEAD.size + n_parts * _PART.size
         if len(buffer) < end:
             return None
-        parts = []
+        table, parts = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)], []
         for number, nbytes in table:
-            parts.append((number, bytes(memoryview(buffer)[position : position + nbytes])))
-            position += nbytes
+            parts.append((number, bytes(buffer[end : end + nbytes])))
+            end += nbytes
+        if len(buffer) < end:
+            return None
         del buffer[:end]
-        return Frame(Kind(kind), turn, tuple(parts), digest, wait_s, limit_s)
+        return Frame(_KINDS[kind], turn, tuple(parts), digest, wait_s, limit_s)
 
     def close(self) -> None:
         self.ended = True

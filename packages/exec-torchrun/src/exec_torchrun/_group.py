@@ -9,8 +9,9 @@ from exec_core.asynchronous import Room
 from exec_core.base import OnProgress
 from exec_core.calls import Call
 from exec_core.context import WorkerInit
-from exec_core.errors import ExecutorBusyError, RankDivergenceError
+from exec_core.errors import RankDivergenceError
 from exec_core.execution_loop import ExecutionLoop
+from exec_core.executor import Executor
 from exec_core.inprocess import InProcessGroup
 from exec_core.messages import Reply
 
@@ -65,22 +66,25 @@ class SpmdGroup(InProcessGroup):
 class SpmdLoop(ExecutionLoop):
     """The execution loop where every rank's own program makes the steps: nobody has to be kept in a loop for them."""
 
-    def refuse(self, method: str, ranks: tuple[int, ...]) -> None:
-        """No rank is kept in the loop, so none is refused."""
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self._ended: Future[Any] = Future()  # of the loop that runs, or ran last
 
     def start(self) -> Future[Any]:
-        if self._ended is not None:
-            raise ExecutorBusyError(
-                "start_worker_execution_loop", "the loop runs already", 1, self._executor.config.max_in_flight,
-                "call stop_remote_worker_execution_loop() first",
-            )  # fmt: skip
-        self._ended = Future()
+        with self._lock:
+            if self._running:
+                raise self._busy("start_worker_execution_loop", "the loop runs already")
+            self._running, self._ended = True, Future()
         self._ended.set_running_or_notify_cancel()
         return self._ended
 
     def step(self, request: Any) -> Future[Any]:
         if request is not None:
             return self._executor.submit_step("execute_model", request, range(self._executor.world_size))
-        ended, self._ended = self._ended or Future(), None
-        ended.set_result(None)
-        return ended
+        step: Future[Any] = Future()
+        with self._lock:
+            running, self._running = self._running, False
+        if running:
+            self._ended.set_result([])
+        step.set_result(None)
+        return step

@@ -23,7 +23,7 @@ from exec_core.errors import RankDivergenceError, RpcTimeoutError, WorkerDiedErr
 from exec_core.messages import Encoded, Failure, Reply, Request
 from exec_core.wrapper import WorkerWrapper, settle
 
-from exec_torchrun._digest import describe_call, digest_call, own_value
+from exec_torchrun._digest import PerRank, describe_call, digest_call, own_value
 from exec_torchrun._frames import Frame, Kind, Part
 from exec_torchrun._link import Link
 
@@ -117,7 +117,6 @@ class GuardedWrapper(WorkerWrapper):
     # One call
 
     def _together(self, link: Link, plan: Plan) -> Outcome:
-        self._calls += 1
         verdict = self._begin(link, plan)
         if verdict.kind is not Kind.GO:
             return self._refused(plan, verdict)
@@ -133,13 +132,12 @@ class GuardedWrapper(WorkerWrapper):
         return self._refused(plan, verdict, error)
 
     def _begin(self, link: Link, plan: Plan) -> Frame:
-        name = f"call {self._calls}: {plan.name}"
-        word = self._word(plan, Kind.BEGIN, ((self._index, name.encode()),))
+        number = self._calls = self._calls + 1
+        word = self._word(plan, Kind.BEGIN, ((self._index, f"call {number}: {plan.name}".encode()),))
         if self._apart_s is not None and self.context is not None:  # the start itself has all the time of the start
-            options = plan.ranks, plan.reply_ranks, plan.gather
-            digest = digest_call(plan.method, plan.args, plan.kwargs, options)
-            word = attrs.evolve(word, digest=digest, wait_s=self._apart_s)
-        return link.exchange(word, lambda: f"call {self._calls}: {describe_call(plan.method, plan.args, plan.kwargs)}")
+            word.digest = digest_call(plan.method, plan.args, plan.kwargs, (plan.ranks, plan.reply_ranks, plan.gather))
+            word.wait_s = self._apart_s
+        return link.exchange(word, lambda: f"call {number}: {describe_call(plan.method, plan.args, plan.kwargs)}")
 
     def _in_waves(self, link: Link, plan: Plan) -> tuple[Reply, Frame]:
         """Runs it when it is this rank's turn: all ranks at once, or so many at a time."""
@@ -160,11 +158,10 @@ class GuardedWrapper(WorkerWrapper):
         return Frame(kind, self._turn - 1, parts, limit_s=limit_s)
 
     def _local(self, request: Request) -> Reply:
-        args, kwargs = request.args, request.kwargs
-        own = Request(
-            request.method, tuple(map(own_value, args)), {name: own_value(v) for name, v in kwargs.items()}
-        )
-        return super().execute(own)
+        if any(type(argument) is PerRank for argument in (*request.args, *request.kwargs.values())):
+            args, kwargs = tuple(map(own_value, request.args)), {n: own_value(v) for n, v in request.kwargs.items()}
+            request = Request(request.method, args, kwargs)
+        return super().execute(request)
 
     def _alone(self, plan: Plan) -> Reply:
         """Runs it here without a word to the others."""

@@ -58,7 +58,6 @@ class Member:
 
     def exchange(self, word: Frame, describe: Describe = str) -> Frame:
         patience_s = min(word.limit_s, word.wait_s) + DESCRIBE_S + _SILENCE_S
-        self._connection.fill(socket.MSG_DONTWAIT)  # a verdict may be waiting, which a failing send would throw away
         self._connection.send(word)
         return self._verdict(word.turn, time.monotonic() + patience_s, describe) or self._hub_gone
 
@@ -181,11 +180,14 @@ class Hub:
             self._deliver(self._rounds.arrive(index, frame, time.monotonic()))
 
     def _deliver(self, outgoing: Outgoing) -> None:
+        data, packed = b"", None
         for index, frame in outgoing:
             if index == 0:
                 self._inbox.append(frame)
             elif not self._members[index].ended:
-                self._members[index].send(frame)
+                if packed is not frame:
+                    data, packed = frame.packed(), frame
+                self._members[index].send_packed(data)
 
     def _lose(self, index: int) -> None:
         self._inner.unregister(self._members[index].sock.fileno())

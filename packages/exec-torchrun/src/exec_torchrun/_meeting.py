@@ -133,12 +133,12 @@ def _offer(token: str, store: Any) -> None:
     def handler(url: str, timeout: datetime.timedelta, **_: object) -> Iterator[tuple[Any, int, int]]:
         parsed = urlsplit(url)
         query = dict(parse_qsl(parsed.query))
-        prefixed = dist.PrefixStore(parsed.netloc, _stores[parsed.netloc])
+        prefixed = dist.PrefixStore(parsed.netloc, _stores[parsed.netloc])  # type: ignore[attr-defined] # public
         prefixed.set_timeout(timeout)
         yield prefixed, int(query["rank"]), int(query["world_size"])
 
     if not _stores:
-        register_rendezvous_handler(SCHEME, handler)
+        register_rendezvous_handler(SCHEME, handler)  # type: ignore[no-untyped-call] # torch does not type it
     _stores[token] = store
 
 

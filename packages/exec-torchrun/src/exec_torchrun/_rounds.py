@@ -34,6 +34,7 @@ class Rounds:
         self._size = size
         self.turn = 0
         self._words: dict[int, Frame] = {}  # of this turn
+        self._ends = False  # whether this turn ends a call
         self._texts: dict[int, bytes] | None = None  # what each rank's call is, once they are known to differ
         self._over = math.inf  # when the time of a call of this turn is over
         self._apart = math.inf  # when the ranks that are not here count as diverged, or as stuck
@@ -60,14 +61,19 @@ class Rounds:
         if frame.turn < self.turn:
             return []
         self._words[rank] = frame
-        self._over = min(self._over, now + frame.limit_s)
-        if frame.kind is Kind.BEGIN:
+        kind = frame.kind
+        if now + frame.limit_s < self._over:
+            self._over = now + frame.limit_s
+        if kind is Kind.BEGIN:
             self._last_call[rank] = frame.parts[0][1]
-            if not self._inside:  # else it is known what keeps them, and only the call's own time counts
-                self._apart = min(self._apart, now + frame.wait_s)
-        elif frame.kind is Kind.ERROR:
-            self._apart = min(self._apart, now + ERROR_GRACE_S)
-        return self._settle_end() if self._is_end() else self._settle_begin(rank, now)
+            # Where a rank is still inside a call, that keeps it away: then only the call's own time counts.
+            if now + frame.wait_s < self._apart and not self._inside:
+                self._apart = now + frame.wait_s
+        elif kind is not Kind.LEAVE:
+            self._ends = True
+            if kind is Kind.ERROR:
+                self._apart = min(self._apart, now + ERROR_GRACE_S)
+        return self._settle_end() if self._ends else self._settle_begin(rank, now)
 
     def gone(self, rank: int, pid: int) -> Outgoing:
         """The connection to ``rank`` has ended."""
@@ -82,7 +88,7 @@ class Rounds:
             return []
         if self._texts is not None:
             return self._verdict(Kind.DIVERGED, self._described())
-        if self._is_end():
+        if self._ends:
             return self._fail() if self._of(Kind.ERROR) else self._time_out()
         if now >= self._over:
             return self._time_out()
@@ -95,26 +101,26 @@ class Rounds:
 
     # One of the two ways a turn goes
 
-    def _is_end(self) -> bool:
-        return any(word.kind in {Kind.END, Kind.ERROR} for word in self._words.values())
-
     def _settle_begin(self, came: int, now: float) -> Outgoing:
         if self._texts is not None:
             return self._ask([came], now) or self._diverged_if_known()
-        if len({(word.kind, word.digest) for word in self._words.values()}) > 1:
-            return self._ask(list(self._words), now)
-        if len(self._words) < self._size:
+        words = self._words
+        first, last = next(iter(words.values())), words[came]
+        if first.digest != last.digest or first.kind is not last.kind:
+            return self._ask(list(words), now)
+        if len(words) < self._size:
             return []
         return self._verdict(Kind.BYE if self._of(Kind.LEAVE) else Kind.GO)
 
     def _settle_end(self) -> Outgoing:
+        words = self._words
         for rank in self._of(Kind.LEAVE):
             return self._die(rank, 0)  # it shuts down in the middle of a call
-        if len(self._words) < self._size:
+        if len(words) < self._size:
             return []
         if self._of(Kind.ERROR):
             return self._fail()
-        return self._verdict(Kind.DONE, tuple(part for _, word in sorted(self._words.items()) for part in word.parts))
+        return self._verdict(Kind.DONE, tuple([part for rank in sorted(words) for part in words[rank].parts]))
 
     def _ask(self, ranks: list[int], now: float) -> Outgoing:
         """The calls differ: each rank that is here tells its own, so that the verdict can name them."""
@@ -163,7 +169,7 @@ class Rounds:
         elif kind is Kind.BYE:
             self._final = verdict
         self.turn += 1
-        self._words, self._texts = {}, None
+        self._words, self._ends, self._texts = {}, False, None
         self._over = self._apart = math.inf
         self._absent_are_late = False
         return [(rank, verdict) for rank in range(self._size)]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import attrs
 from exec_core import devices, messages
 from exec_core.base import OnProgress
 from exec_core.config import ExecutorConfig
@@ -186,10 +187,10 @@ def _described(config: ExecutorConfig, apart_s: float | None) -> str:
     name = worker if isinstance(worker, str) else getattr(worker, "__qualname__", type(worker).__qualname__)
     sections = {"parallel": config.parallel, "cache": config.cache}
     changed = [
-        f"{section}.{field}={getattr(values, field)!r}"
+        f"{section}.{field.name}={getattr(values, field.name)!r}"
         for section, values in sections.items()
-        for field in type(values).__slots__
-        if hasattr(values, field) and getattr(values, field) != getattr(type(values)(), field)
+        for field in attrs.fields(type(values))
+        if getattr(values, field.name) != field.default
     ]
     return ", ".join([f"worker_cls={name}", *changed, f"output_rank={config.output_rank}", f"divergence_timeout_s={apart_s}"])
 

@@ -172,6 +172,18 @@ class FailureContract(ContractBase):
             assert f"{type_name}: held" in str(caught.value.__cause__)
         assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
 
+    def test_error_whose_text_raises(self, executor: Executor) -> None:
+        """An exception that cannot even say what it is still arrives, and harms nobody else."""
+
+        class Mute(Exception):
+            def __str__(self) -> str:
+                raise ZeroDivisionError
+
+        future = executor.collective_rpc(workers.fail_with, args=(Mute, self.last()), non_block=True)
+
+        assert type(future.exception(30)).__name__ in {"Mute", "WorkerError"}
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
+
     def test_common_errors_of_libraries_keep_their_type(self, executor: Executor) -> None:
         """Errors with attributes of their own arrive with them."""
 

@@ -242,6 +242,21 @@ class ValueContract(ContractBase):
         for arrived in executor.collective_rpc(back, args=(value,), ranks=sorted(self.local_ranks)):
             assert arrived is value
 
+    def test_tensor_made_while_pickling(self, executor: Executor) -> None:
+        """A tensor that exists only while its owner is pickled arrives with its values, both ways."""
+
+        class Maker:
+            def __reduce__(self) -> Any:
+                return list, ([torch.full((1000,), 7.0)],)
+
+        def mean_and_make(worker: Any, value: Any) -> Any:
+            return [float(value[0].mean()), Maker()]
+
+        if not self.remote():
+            return
+        for mean, made in executor.collective_rpc(mean_and_make, args=(Maker(),), ranks=self.remote()):
+            assert (7.0, 7.0) == (mean, float(made[0].mean()))
+
     def test_none_is_a_value(self, executor: Executor) -> None:
         """None comes back as None, one for each rank."""
         assert [None] * len(self.world()) == executor.collective_rpc(back, args=(None,))

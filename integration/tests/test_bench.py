@@ -1,0 +1,132 @@
+"""The benchmark program works. How fast anything is, is no test's business."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.peer import AbsentError
+from bench.peers import EXTERNAL, PEERS
+from bench.plan import CASES, GROUPS, QUICK_N, quick
+from bench.process import PeerProcess
+from bench.report import report
+from bench.results import Results
+from bench.targets import Target, targets
+
+PROGRAM = Path(__file__).parents[1] / "bench" / "__main__.py"
+LOCAL = [name for name in PEERS if name not in EXTERNAL]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the program leaves after a quick run with all peers that need nothing installed."""
+    directory = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, str(PROGRAM), "--quick", "--output", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert 0 == done.returncode, done.stderr
+    (directory / "stdout.txt").write_text(done.stdout)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def results(output: Path) -> Results:
+    """What was measured."""
+    return Results.from_json(json.loads((output / "results.json").read_text()))
+
+
+def empty() -> Results:
+    """Nothing measured, everybody took part."""
+    return Results({}, {"peers": list(PEERS), "rounds": 1})
+
+
+def test_quick_run_measures_every_case_on_every_peer(results: Results) -> None:
+    """Each peer has each metric of each case that it can do, or a reason why not."""
+    expected = {
+        (case.name, spec.name, n, metric)
+        for case in map(quick, CASES)
+        if case
+        for spec in map(PEERS.__getitem__, LOCAL)
+        if spec.workloads is None or case.workload in spec.workloads
+        for n in set(case.ns) & set(spec.ns)
+        for metric in case.metrics
+    }
+    found = {(r.case, r.peer, r.n, metric) for r in results.records for metric in r.metrics}
+    missing = {key for key in expected - found if not results.why_absent(key[1], key[0], key[2])}
+
+    assert set() == missing
+
+
+def test_quick_run_measures_starts_growth_and_imports(results: Results) -> None:
+    """The programs that need a fresh interpreter ran, too."""
+    values = [
+        results.value("start", "exec-mp", QUICK_N[-1], "built_s"),
+        results.value("start", "exec-mp", QUICK_N[-1], "warm_built_s"),
+        results.value("start", "exec-mp", QUICK_N[-1], "shutdown_s"),
+        results.value("import_torch", "torch", 1, "seconds"),
+        results.value("import_exec_core", "exec-core", 1, "imports_torch"),
+        results.value("uniproc", "exec-uniproc", 1, "overhead_us"),
+        results.value("growth_calls", "exec-mp", QUICK_N[-1], "descriptor_growth"),
+        results.value("growth_tensors", "exec-mp", QUICK_N[-1], "wrong"),
+    ]
+
+    assert [] == [value for value in values if value is None]
+
+
+def test_results_say_who_was_measured_and_where(results: Results) -> None:
+    """Machine, options and versions are in the results."""
+    assert sorted(LOCAL) == sorted(results.versions)
+    assert {"cores", "Linux", "Python", "torch", "date"} <= set(results.machine)
+    assert list(GROUPS) == results.options["groups"]
+
+
+def test_results_have_every_target(output: Path) -> None:
+    """The file has all rows of the table of targets."""
+    rows = json.loads((output / "results.json").read_text())["targets"]
+
+    assert [row.text.partition(":")[0] for row in targets(empty())][:20] == [
+        row["text"].partition(":")[0] for row in rows
+    ][:20]
+    assert {"text", "limit", "measured", "unit", "reason", "ok"} == set(rows[0])
+
+
+def test_report_can_be_made_again(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--report` prints the same tables from the file, and measures nothing."""
+    main(["--report", str(output / "results.json"), "--output", str(tmp_path)])
+
+    assert (output / "stdout.txt").read_text() == capsys.readouterr().out
+
+
+def test_peer_that_cannot_start_is_absent_with_the_reason(tmp_path: Path) -> None:
+    """What a peer lacks is told by its process, not guessed."""
+    peer = PeerProcess(PEERS["ray"], 1, sys.executable, tmp_path / "log")
+    try:
+        with pytest.raises(AbsentError, match="No module named 'ray'"):
+            peer.ready()
+    finally:
+        peer.stop()
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    """Each round is compared with itself: what slows a whole round down changes nothing."""
+    results = empty()
+    for number, (ours, theirs) in enumerate([(1.0, 4.0), (10.0, 40.0), (2.0, 4.0)]):
+        results.add("noop", "exec-mp", 1, number, {"p50_us": ours})
+        results.add("noop", "vllm", 1, number, {"p50_us": theirs})
+
+    assert 0.25 == results.ratio("noop", 1, "p50_us", "exec-mp", "vllm")
+
+
+def test_target_holds_up_to_its_limit() -> None:
+    """Not measured is neither yes nor no."""
+    assert [True, True, False, None] == [Target("text", 2.0, value).ok for value in (1.0, 2.0, 2.1, None)]
+
+
+def test_report_names_the_absent_and_why() -> None:
+    """A table without a peer says so."""
+    results = empty()
+    results.miss("eventfd", None, None, "there is no C compiler (cc)")
+
+    assert "absent: eventfd: there is no C compiler (cc)" in report(results, targets(results))
