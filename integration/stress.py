@@ -31,7 +31,7 @@ _STUCK_S = 600.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the checks; 1 when one does not hold."""
     options = _parse(argv)
-    faulthandler.dump_traceback_later(options.seconds + _STUCK_S, exit=True)
+    faulthandler.dump_traceback_later(options.seconds + _STUCK_S, exit=True, file=2)
     try:
         for world_size in options.workers:
             with exec_core.create_executor(config(world_size)) as executor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import main
 from bench.peer import AbsentError
 from bench.peers import EXTERNAL, PEERS
 from bench.plan import CASES, GROUPS, QUICK_N, quick
@@ -20,14 +19,19 @@ PROGRAM = Path(__file__).parents[1] / "bench" / "__main__.py"
 LOCAL = [name for name in PEERS if name not in EXTERNAL]
 
 
+def run(*arguments: str) -> str:
+    """What the program prints, as a process of its own: matplotlib keeps its fonts open."""
+    command = [sys.executable, str(PROGRAM), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert 0 == done.returncode, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the program leaves after a quick run with all peers that need nothing installed."""
     directory = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, str(PROGRAM), "--quick", "--output", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert 0 == done.returncode, done.stderr
-    (directory / "stdout.txt").write_text(done.stdout)
+    (directory / "stdout.txt").write_text(run("--quick", "--output", str(directory)))
     return directory
 
 
@@ -86,17 +90,22 @@ def test_results_have_every_target(output: Path) -> None:
     """The file has all rows of the table of targets."""
     rows = json.loads((output / "results.json").read_text())["targets"]
 
-    assert [row.text.partition(":")[0] for row in targets(empty())][:20] == [
-        row["text"].partition(":")[0] for row in rows
-    ][:20]
+    assert [row.limit for row in targets(empty())] == [row["limit"] for row in rows]
     assert {"text", "limit", "measured", "unit", "reason", "ok"} == set(rows[0])
 
 
-def test_report_can_be_made_again(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_can_be_made_again(output: Path, tmp_path: Path) -> None:
     """`--report` prints the same tables from the file, and measures nothing."""
-    main(["--report", str(output / "results.json"), "--output", str(tmp_path)])
+    printed = run("--quick", "--report", str(output / "results.json"), "--output", str(tmp_path))
 
-    assert (output / "stdout.txt").read_text() == capsys.readouterr().out
+    assert (output / "stdout.txt").read_text() == printed
+
+
+def test_plots_are_drawn(output: Path) -> None:
+    """A picture for each kind of figure that a quick run has."""
+    plots = {path.name for path in output.glob("*.png")}
+
+    assert {"latency_workers.png", "cpu_cadence.png", "start_workers.png"} <= plots
 
 
 def test_peer_that_cannot_start_is_absent_with_the_reason(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ class WorkerContext:
     log_format: str = "json"
     groups: distributed.ProcessGroups | None = None
     log: Any = None
+    _given_up: Callable[[], bool] = lambda: False
     _progress: ReportProgress = lambda done, total, what: None
     _membership: distributed.Membership | None = None
     _replicas: int | None = None  # of the world joined, where that is not the one it was made for
@@ -147,6 +148,7 @@ class WorkerContext:
                 backend=self.config.device.distributed_backend,
                 device=self.device_name or "cpu",
                 timeout_s=self.config.parallel.distributed_timeout_s,
+                given_up=self._given_up,
                 existing="use" if self.existing_group == "use" else "refuse",
             )
         )

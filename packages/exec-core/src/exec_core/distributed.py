@@ -10,7 +10,8 @@ from __future__ import annotations
 import datetime
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from urllib.parse import urlsplit
 import attrs
 
 from exec_core.errors import ConfigError, ExecutorError
+
+_LOOK_EVERY_S = 0.001
 
 _lock = threading.Lock()
 _users = 0  # memberships that rest on a default group made here; guarded by _lock
@@ -67,6 +70,7 @@ class World:
         device: ``cpu`` or ``cuda:N``.
         timeout_s: limit of a collective; None: torch's default.
         existing: what to do with a default group that the host made.
+        given_up: asked while rank 0 in the driver waits for the others; True when they will not come.
     """
 
     rank: int
@@ -78,6 +82,7 @@ class World:
     device: str
     timeout_s: float | None
     existing: Literal["refuse", "use"] = "refuse"
+    given_up: Callable[[], bool] = lambda: False
 
 
 class Membership:
@@ -161,12 +166,33 @@ def _init_default(world: World) -> None:
         options["timeout"] = datetime.timedelta(seconds=world.timeout_s)
     if world.init_method is None:
         options["store"] = dist.HashStore()  # type: ignore[attr-defined] # public, not listed in its __all__
+    elif world.init_method.startswith("file://"):
+        options["store"] = _file_store(world)
     elif world.init_method.startswith("tcp://"):
         options["store"] = _tcp_store(world)
     else:
         options["init_method"] = world.init_method
     with _excepthook_kept():
         dist.init_process_group(_backend(world), **options)
+
+
+def _file_store(world: World) -> Any:
+    """The store of ``file://path``, once all ranks have come to it.
+
+    torch's own rendezvous cannot be interrupted: a rank in the driver would wait for a dead one until the time-out.
+    """
+    import torch.distributed as dist
+
+    path = (world.init_method or "").removeprefix("file://")
+    store = dist.FileStore(path, world.world_size)  # type: ignore[attr-defined] # public, not listed in its __all__
+    deadline = time.monotonic() + (world.timeout_s or dist.default_pg_timeout.total_seconds())
+    here = store.add("ranks here", 1)
+    while here < world.world_size:
+        if world.given_up() or time.monotonic() > deadline:
+            raise ExecutorError(f"only {here} of {world.world_size} ranks came to join torch.distributed")
+        time.sleep(_LOOK_EVERY_S)
+        here = store.add("ranks here", 0)
+    return store
 
 
 def _tcp_store(world: World) -> Any:

@@ -116,7 +116,7 @@ class ExecutionLoop:
             raise
         if request is None:
             for rank, inside in list(self._inside.items()):
-                if inside.done():
+                if inside.done() and inside.exception() is not None:  # without an error it has had its None already
                     self._enter(rank)
         driven.add_done_callback(functools.partial(self._driven, step))
         return step

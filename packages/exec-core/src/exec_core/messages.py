@@ -240,12 +240,20 @@ def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool, owne
 
 def encode_error(error: BaseException, why: str = "") -> Encoded:
     """An error with its traceback; whatever cannot be pickled still arrives, as a `WorkerError`."""
-    text = "".join(traceback.format_exception(error))
+    text, remote = _text(error, str), _text(error, lambda e: "".join(traceback.format_exception(e)))
     try:
         pickled = None if not isinstance(error, Exception) else cloudpickle.dumps(error)
     except Exception as unpicklable:
         pickled, why = None, why or f"the exception cannot be pickled: {unpicklable}"
-    return encode((pickled, type(error).__qualname__, str(error), text, why))
+    return encode((pickled, type(error).__qualname__, text, remote, why))
+
+
+def _text(error: BaseException, of: Callable[[BaseException], str]) -> str:
+    """``of(error)``, which runs methods of the error's class."""
+    try:
+        return of(error)
+    except Exception as silent:
+        return f"<its text cannot be had: {type(silent).__name__}>"
 
 
 def decode_error(buffer: memoryview, fmt: int, rank: int, pid: int, method: str) -> BaseException:

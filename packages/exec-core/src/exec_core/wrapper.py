@@ -66,11 +66,16 @@ def resolve_worker_cls(worker_cls: Callable[..., Any] | str) -> Callable[..., An
 class WorkerWrapper:
     """Holds one rank's worker, builds it late, and turns a `Request` into a `Reply`."""
 
-    def __init__(self, rank: int, progress: ReportProgress = lambda done, total, what: None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        progress: ReportProgress = lambda done, total, what: None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.rank = rank
         self.context: WorkerContext | None = None
         self.worker: Any = None
-        self._progress = progress
+        self._progress, self._given_up = progress, given_up
 
     def update_environment_variables(self, env: Mapping[str, str]) -> None:
         """Sets variables before anything of the worker's is imported."""
@@ -80,7 +85,7 @@ class WorkerWrapper:
         """Builds the worker of this rank from its entry in ``all_kwargs``."""
         init = next(one for one in all_kwargs if one.rank == self.rank)
         fields = {a.name: getattr(init, a.name) for a in attrs.fields(WorkerInit)}
-        self.context = WorkerContext(**fields, log=_logger(init), progress=self._progress)
+        self.context = WorkerContext(**fields, log=_logger(init), progress=self._progress, given_up=self._given_up)
         # Used as it is: an object that delegates by __getattr__ would answer any question put to it.
         self.worker = resolve_worker_cls(init.config.worker_cls)(self.context, **init.config.worker_kwargs)
 

@@ -93,6 +93,11 @@ class Calls:
         """Whether any call starts rank by rank."""
         return bool(self._gated)
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether rank 0, in a call here, waits for others in vain: one of them has failed or died."""
+        return self.closed_by is not None or any(entry.failures for entry in list(self._open.values()))
+
     def __len__(self) -> int:
         return len(self._open)
 

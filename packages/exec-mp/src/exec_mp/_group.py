@@ -11,6 +11,7 @@ lock as the publishing to the other ranks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import threading
@@ -63,7 +64,8 @@ class ProcessGroup:
         self._closed = False
         self._wrapper = self._inline = None
         if 0 not in channel.remote_ranks:
-            self._wrapper = WorkerWrapper(0, lambda *reported: hooks.progress(0, *reported))
+            report = functools.partial(hooks.progress, 0)
+            self._wrapper = WorkerWrapper(0, report, given_up=lambda: self._calls.hopeless)
             self._wrapper.update_environment_variables(config.env_of_rank(0))
             self._inline = InlineWorker(self._wrapper)
         outputs: dict[int, Handler] = {o.reading: o.read for o in parts.output.values() if o.reading is not None}

@@ -46,6 +46,7 @@ class Kind(enum.IntEnum):
     DESCRIBE = 12  # the calls differ: tell me yours
     DIED = 13  # this rank is gone
     BYE = 14  # all have left
+    LEFT = 15  # the hub's rank has left; the parts are those of DIVERGED
 
 
 _KINDS = tuple(Kind)

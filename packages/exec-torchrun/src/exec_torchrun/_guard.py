@@ -13,6 +13,7 @@ import math
 import os
 import struct
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,8 @@ class GuardedWrapper(WorkerWrapper):
         if self._apart_s is not None and self.context is not None:  # the start itself has all the time of the start
             word.digest = digest_call(plan.method, plan.args, plan.kwargs, (plan.ranks, plan.reply_ranks, plan.gather))
             word.wait_s = self._apart_s
-        return link.exchange(word, lambda: f"call {number}: {describe_call(plan.method, plan.args, plan.kwargs)}")
+        only = f" on ranks {list(plan.ranks)}" if len(plan.ranks) < self._size else ""
+        return link.exchange(word, lambda: f"call {number}: {describe_call(plan.method, plan.args, plan.kwargs)}{only}")
 
     def _in_waves(self, link: Link, plan: Plan) -> tuple[Reply, Frame]:
         """Runs it when it is this rank's turn: all ranks at once, or so many at a time."""
@@ -168,7 +170,7 @@ class GuardedWrapper(WorkerWrapper):
         if self._index not in plan.ranks:
             return Reply(Outcome())
         reply = self._local(plan)
-        error, value, _ = self._settled(plan, reply)
+        value, error, _ = self._settled(plan, reply)
         if error is not None:
             return Reply.of_error(error)
         return Reply(Outcome([value] if self._index in plan.reply_ranks else []))
@@ -220,13 +222,13 @@ class GuardedWrapper(WorkerWrapper):
             error.add_note(
                 f"ranks {inside} did not come out of the call: the process groups were given up, call restart() on every rank"
             )
-            self._give_up(error)
+            self._give_up(error, own)
         return Outcome(error=error, failure=failures[0])
 
     def _refused(self, plan: Plan, verdict: Frame, own: BaseException | None = None) -> Outcome:
         """The ranks have not come to the call, or out of it, together."""
         ranks = [self._first + index for index in verdict.numbers]
-        if verdict.kind is Kind.DIVERGED:
+        if verdict.kind in {Kind.DIVERGED, Kind.LEFT}:
             calls = {self._first + index: text.decode(errors="replace") for index, text in verdict.parts}
             return Outcome(error=diverged(calls, self._apart_s))
         if verdict.kind is Kind.TIMEOUT:
@@ -237,11 +239,13 @@ class GuardedWrapper(WorkerWrapper):
         pid = int(verdict.parts[0][1])
         error = WorkerDiedError(ranks[0], pid or None, method=plan.name, why="its connection to the other ranks has ended")
         error.__cause__ = own
-        self._give_up(error)
+        self._give_up(error, own)
         return Outcome(error=error)
 
-    def _give_up(self, error: BaseException) -> None:
-        """Leaves the process groups, which also frees the ranks that wait in a gloo collective."""
+    def _give_up(self, error: BaseException, own: BaseException | None) -> None:
+        """Leaves the process groups: that closes their connections, which frees ranks that wait in a gloo collective."""
+        if own is not None:
+            traceback.clear_frames(own.__traceback__)  # what it came through may hold on to a group
         if self.context is not None:
             self.context.leave()
         self._failed(error)

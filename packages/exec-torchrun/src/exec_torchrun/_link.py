@@ -81,15 +81,19 @@ class Member:
 class Hub:
     """The end of the replica's first rank, which decides for all.
 
+    Args:
+        members, pids: the other ranks' connections and processes, by their positions in the replica.
+        grace_s: see `Rounds`.
+
     What is below ``_serving`` belongs to whoever holds it: the thread, or the rank while it exchanges. ``_inner`` watches the
     connections, ``_outer`` watches ``_inner`` for the thread, with an empty mask unless ``_armed``.
     """
 
-    def __init__(self, members: Mapping[int, Connection], pids: Mapping[int, int]) -> None:
+    def __init__(self, members: Mapping[int, Connection], pids: Mapping[int, int], grace_s: float) -> None:
         self._pids = dict(pids)
         self._serving = threading.Lock()
         self._members = dict(members)
-        self._rounds = Rounds(len(members) + 1)
+        self._rounds = Rounds(len(members) + 1, grace_s)
         self._inbox: list[Frame] = []  # verdicts for our own rank
         self._armed = False
         self._exchanged = True  # since the thread last looked

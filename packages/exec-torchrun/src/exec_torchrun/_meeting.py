@@ -77,11 +77,12 @@ class Meeting:
     link: Link | None
 
 
-def meet(env: LauncherEnv, name: str, report: Report, deadline: float) -> Meeting:
+def meet(env: LauncherEnv, name: str, report: Report, deadline: float, grace_s: float) -> Meeting:
     """Meets all ranks of the world.
 
     Args:
         name: of this meeting, the same on all ranks.
+        grace_s: see `exec_torchrun._rounds.Rounds`.
 
     Raises:
         WorkerStartupError: naming who did not come by ``deadline`` (monotonic).
@@ -103,7 +104,8 @@ def meet(env: LauncherEnv, name: str, report: Report, deadline: float) -> Meetin
         link: Link | None = None
         hub = reports[env.replica * env.replica_size]
         if listener is not None and report.hub is not None:
-            link = _gather(env, listener, report.hub.secret, reports, deadline)
+            connections = _gather(env, listener, report.hub.secret, deadline)
+            link = Hub(connections, {index: reports[env.rank + index].pid for index in connections}, grace_s)
         elif hub.hub is not None:
             link = Member(env.index, _connect(hub.hub, env.index, b"", deadline), hub.pid)
         return Meeting(reports, f"{SCHEME}://{token}", link)
@@ -185,15 +187,15 @@ def _checked(
 
 
 def _gather(
-    env: LauncherEnv, listener: socket.socket, secret: bytes, reports: tuple[Report, ...], deadline: float
-) -> Hub:
+    env: LauncherEnv, listener: socket.socket, secret: bytes, deadline: float
+) -> dict[int, Connection]:
     visitors, problem = _accept(listener, secret, range(1, env.replica_size), deadline)
     connections = {index: connection for index, (connection, _) in visitors.items()}
     if problem is not None:
         for connection in connections.values():
             connection.close()
         raise WorkerStartupError(env.rank + problem[0], "launch", problem[1])
-    return Hub(connections, {index: reports[env.rank + index].pid for index in connections})
+    return connections
 
 
 # Sockets

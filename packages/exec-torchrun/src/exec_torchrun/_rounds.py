@@ -11,6 +11,7 @@ all go on alike:
             ERROR of some, the rest stays away            -> FAILED, naming who has not come out of the call
     either  the call's time is over                       -> TIMEOUT
             a rank is gone                                -> DIED, from then on
+            the hub's rank has waited long enough         -> LEFT
 
 A rank that was late finds its verdict waiting: words of a turn that is over are dropped.
 """
@@ -21,17 +22,21 @@ import math
 
 from exec_torchrun._frames import Frame, Kind, Part
 
-ERROR_GRACE_S = 2.0  # how long a rank may stay in a call that has failed elsewhere
 DESCRIBE_S = 1.0  # how long a rank may take to describe its call
 
 Outgoing = list[tuple[int, Frame]]
 
 
 class Rounds:
-    """What the hub of ``size`` ranks knows. Its methods return the frames to send, each with its rank."""
+    """What the hub of ``size`` ranks knows. Its methods return the frames to send, each with its rank.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        grace_s: how long ranks may stay in a call that has failed elsewhere before they count as stuck in it.
+    """
+
+    def __init__(self, size: int, grace_s: float) -> None:
         self._size = size
+        self._grace_s = grace_s
         self.turn = 0
         self._words: dict[int, Frame] = {}  # of this turn
         self._ends = False  # whether this turn ends a call
@@ -72,7 +77,7 @@ class Rounds:
         elif kind is not Kind.LEAVE:
             self._ends = True
             if kind is Kind.ERROR:
-                self._apart = min(self._apart, now + ERROR_GRACE_S)
+                self._apart = min(self._apart, now + self._grace_s)
         return self._settle_end() if self._ends else self._settle_begin(rank, now)
 
     def gone(self, rank: int, pid: int) -> Outgoing:
@@ -97,7 +102,7 @@ class Rounds:
 
     def leave(self) -> Outgoing:
         """The hub goes now: whoever has not left is told so."""
-        return [] if self._final is not None else self._verdict(Kind.DIVERGED, self._described())
+        return [] if self._final is not None else self._verdict(Kind.LEFT, self._described())
 
     # One of the two ways a turn goes
 

@@ -44,11 +44,14 @@ class ExecutorWithExternalLauncher(Executor):
         divergence_timeout_s: how long the ranks of a replica may be apart when they come to a call, in seconds. Then, or at
             once when they come with different calls, each raises `RankDivergenceError`. None: calls are not compared, and
             an error or a death is raised by its own rank only, and by the others when they next exchange anything.
+        error_grace_s: how long ranks may stay in a call that one of them has raised in, in seconds. Then they count as waiting
+            for it in a collective: all give up their process groups, which frees them, and the executors are FAILED.
         gather: whether calls return the values of all ranks where they do not say.
     """
 
     backend: ClassVar[str] = "torchrun"
     divergence_timeout_s: ClassVar[float | None] = 4.0
+    error_grace_s: ClassVar[float] = 5.0
     gather: ClassVar[bool] = False
 
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
@@ -62,7 +65,7 @@ class ExecutorWithExternalLauncher(Executor):
     def _launch(self, deadline: float) -> SpmdGroup:
         env = read_env(self._config.parallel)
         report, placement = self._report(env)
-        meeting = meet(env, f"{self._number}-{self.generation}", report, deadline)
+        meeting = meet(env, f"{self._number}-{self.generation}", report, deadline, self.error_grace_s)
         try:
             self._check(meeting)
             assert placement is not None  # or the report had an error

@@ -21,6 +21,8 @@ from exec_core.testing.workers import EchoWorker
 
 Start = Callable[..., Executor]
 
+GROUPS = DeviceConfig(device="cpu", threads_per_worker=1)
+NO_GROUPS = attrs.evolve(GROUPS, distributed_backend="none")
 _LATE_THREADS = ("exec-inline", "exec-inline-output", "exec-deadlines")
 
 
@@ -47,7 +49,7 @@ class ContractBase:
         fields: dict[str, Any] = {
             "backend": cls.backend,
             "parallel": cls.parallel,
-            "device": DeviceConfig(device="cpu", threads_per_worker=1),
+            "device": GROUPS,
             "rpc": RpcConfig(timeout_s=60.0, startup_timeout_s=60.0),
             "log": LogConfig(level="error", format="json"),
             **changes,
@@ -113,13 +115,16 @@ class ContractBase:
 
     @pytest.fixture
     def start(self) -> Iterator[Start]:
-        """``start(worker_cls, on_progress=None, **changes)``: a ready executor for this test alone, closed after it."""
+        """``start(worker_cls, on_progress=None, **changes)``: a ready executor for this test alone, closed after it.
+
+        Without process groups unless the test asks for them by ``device=GROUPS``: joining them takes longest.
+        """
         if self.alone:
             self._close_shared()
-        with leak_check(), contextlib.ExitStack() as stack:
+        with leak_check(orphans=False), contextlib.ExitStack() as stack:
 
             def started(worker_cls: Any = EchoWorker, on_progress: Any = None, **changes: Any) -> Executor:
-                config = self.make_config(worker_cls, **changes)
+                config = self.make_config(worker_cls, **{"device": NO_GROUPS, **changes})
                 return stack.enter_context(create_executor(config, on_progress=on_progress))
 
             yield started

@@ -13,7 +13,7 @@ from exec_core.config import CacheConfig
 from exec_core.errors import ExecutorBusyError
 from exec_core.executor import Executor
 from exec_core.testing import workers
-from exec_core.testing.base import ContractBase, Start
+from exec_core.testing.base import GROUPS, ContractBase, Start
 from exec_core.testing.sync import Gate
 
 torch = pytest.importorskip("torch")
@@ -147,7 +147,7 @@ class EngineContract(ContractBase):
 
     def test_stopping_raises_what_a_rank_raised_in_the_loop(self, start: Start) -> None:
         """An error of a rank in the loop is raised by the step or by stopping, not lost, and the executor goes on."""
-        executor = start(workers.FailingWorker, worker_kwargs={"phase": "execute_model", "rank": self.last()})
+        executor = start(workers.FailingWorker, worker_kwargs={"phase": "execute_model", "rank": self.last()}, device=GROUPS)
         executor.start_worker_execution_loop()
         with pytest.raises(ValueError, match="told to fail in execute_model"):
             executor.execute_model("r")

@@ -181,7 +181,7 @@ class FailureContract(ContractBase):
 
         future = executor.collective_rpc(workers.fail_with, args=(Mute, self.last()), non_block=True)
 
-        assert type(future.exception(30)).__name__ in {"Mute", "WorkerError"}
+        assert "Mute" in f"{type(future.exception(30))} {future.exception()!r}"
         assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
 
     def test_common_errors_of_libraries_keep_their_type(self, executor: Executor) -> None:

@@ -20,7 +20,7 @@ from exec_core.errors import ConfigError, WorkerError, WorkerStartupError
 from exec_core.executor import Executor
 from exec_core.lifecycle import State
 from exec_core.testing import workers
-from exec_core.testing.base import ContractBase, Start
+from exec_core.testing.base import GROUPS, ContractBase, Start
 from exec_core.testing.sync import Gate, eventually
 
 WORKERS = "exec_core.testing.workers"
@@ -40,7 +40,7 @@ class StartContract(ContractBase):
 
     def test_start_sequence(self, start: Start) -> None:
         """Each worker is built, then initialises its device, then loads; no other method runs before."""
-        assert [["init_device", "load_model"]] * len(self.world()) == start().collective_rpc(
+        assert [["init_device", "load_model"]] * len(self.world()) == start(device=GROUPS).collective_rpc(
             lambda worker: list(worker.journal)
         )
 
@@ -174,7 +174,7 @@ class StartContract(ContractBase):
             gate.open()  # rank 0 would hold the caller
             return
         with pytest.raises(WorkerStartupError, match="startup_timeout_s") as caught:
-            start(workers.HoldingWorker, worker_kwargs=kwargs, rpc=RpcConfig(startup_timeout_s=3.0))
+            start(workers.HoldingWorker, worker_kwargs=kwargs, rpc=RpcConfig(startup_timeout_s=1.0))
 
         assert "load_model" == caught.value.phase
 

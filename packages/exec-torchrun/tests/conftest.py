@@ -1,0 +1,96 @@
+"""Programs of `programs/` as launched jobs: what each rank recorded, and what was left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+@attrs.frozen
+class Job:
+    """A job that has ended.
+
+    Attributes:
+        ranks: what each rank recorded, by rank: the keywords of all its ``record`` calls.
+        output: stdout and stderr of all its processes.
+    """
+
+    returncode: int
+    ranks: dict[int, dict[str, Any]]
+    output: str
+
+    def of_all(self, name: str) -> list[Any]:
+        """What the ranks recorded as ``name``, in rank order."""
+        return [self.ranks[rank].get(name) for rank in sorted(self.ranks)]
+
+
+Launch = Callable[..., Job]
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Command lines of the processes that belong to a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def run_job(
+    directory: Path, command: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 60.0
+) -> Job:
+    """Runs ``command``, in which every rank records into ``directory``, and checks that it leaves no process behind."""
+    directory.mkdir(exist_ok=True)
+    # What torchrun or a coverage run of ours sets for its own processes is not for these.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+    environ = {**inherited, "OMP_NUM_THREADS": "1", "RECORDS": os.fspath(directory), **(env or {})}
+    with subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            output, _ = process.communicate()
+            pytest.fail(f"not done after {timeout_s:g} s:\n{output}")
+    assert [] == processes_of_session(process.pid)
+    ranks: dict[int, dict[str, Any]] = {}
+    for file in directory.glob("rank-*.jsonl"):
+        for line in file.read_text().splitlines():
+            ranks.setdefault(int(file.stem.removeprefix("rank-")), {}).update(json.loads(line))
+    return Job(process.returncode, ranks, output)
+
+
+def torchrun_command(nproc: int, program: str, *args: str, options: Sequence[str] = ()) -> list[str]:
+    """The command line of ``program`` under torchrun on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    return [*launcher, *options, os.fspath(PROGRAMS / program), *args]
+
+
+@pytest.fixture(scope="session")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """``torchrun(nproc, program, *args, options=(), env={}, succeeds=True)`` runs a program of `programs/`."""
+
+    def launch(
+        nproc: int, program: str, *args: str, options: Sequence[str] = (), succeeds: bool = True, **how: Any
+    ) -> Job:
+        directory = tmp_path_factory.mktemp("records")
+        job = run_job(directory, torchrun_command(nproc, program, *args, options=options), **how)
+        assert not succeeds or job.returncode == 0, job.output
+        return job
+
+    return launch
