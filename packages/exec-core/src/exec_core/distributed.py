@@ -147,7 +147,8 @@ def join(world: World) -> Membership:
                 )  # fmt: skip
             groups = _split(world)
             _users += ours
-            return Membership(groups, [groups.tp.cpu_group, groups.pp.cpu_group, groups.dp.cpu_group], counted=ours)
+            made = (groups.tp.cpu_group, groups.pp.cpu_group, groups.dp.cpu_group)  # or WORLD, where they are the world
+            return Membership(groups, [group for group in made if group is not dist.group.WORLD], counted=ours)
         _init_default(world)
         try:
             groups = _split(world)

@@ -38,6 +38,13 @@ class ConfigError(ExecutorError, ValueError):
         self.field, self.rule, self.value = field, rule, value
         super().__init__(f"{field} {rule}, got {value!r}" + (f"; {remedy}" if remedy else ""))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        try:
+            pickle.dumps(self.value)
+        except Exception:
+            return _rebuild, (type(self), self.args, {**self.__dict__, "value": repr(self.value)})
+        return super().__reduce__()
+
 
 class BackendNotFoundError(ExecutorError, LookupError):
     """No installed package provides the requested backend.

@@ -51,11 +51,12 @@ class Status(enum.IntEnum):
 
 @attrs.frozen
 class Encoded:
-    """A body ready to be written: ``parts`` one after the other, ``nbytes`` in all."""
+    """A body ready to be written: ``parts`` one after the other, ``nbytes`` in all, their memory kept by ``owners``."""
 
     parts: Sequence[Part]
     nbytes: int
     format: Format
+    owners: object = attrs.field(default=None, repr=False)
 
 
 _NO_KWARGS: Mapping[str, Any] = {}
@@ -150,7 +151,7 @@ def encode(value: object, name: str = "the value") -> Encoded:
         parts += [part, bytes(-len(part) % arrays.ALIGNMENT)]
     for segment in segments:
         parts += [bytes(segment.lead), segment.memory(), bytes(-segment.nbytes % arrays.ALIGNMENT)]
-    return Encoded(parts, sum(map(len, parts)), Format.SEGMENTS)
+    return Encoded(parts, sum(map(len, parts)), Format.SEGMENTS, segments)
 
 
 def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:

@@ -65,7 +65,7 @@ class ProcessGroup:
         self._wrapper = self._inline = None
         if 0 not in channel.remote_ranks:
             report = functools.partial(hooks.progress, 0)
-            self._wrapper = WorkerWrapper(0, report, given_up=lambda: self._calls.hopeless)
+            self._wrapper = WorkerWrapper(0, report, given_up=self._is_hopeless)
             self._wrapper.update_environment_variables(config.env_of_rank(0))
             self._inline = InlineWorker(self._wrapper)
         outputs: dict[int, Handler] = {o.reading: o.read for o in parts.output.values() if o.reading is not None}
@@ -95,6 +95,11 @@ class ProcessGroup:
         self._receiver.wait(entry)
         self._hooks.room.made()
         return entry.outcome()
+
+    def _is_hopeless(self) -> bool:
+        """Asked by rank 0 here while it waits for the others to join: its thread is the one that would hear of them."""
+        self._receiver.wait_for_room(math.inf)
+        return self._calls.hopeless
 
     def _run_inline(self, inline: InlineWorker, entry: Entry, job: Job) -> None:
         try:

@@ -1,0 +1,83 @@
+"""Process groups in a process that has, or gets, a default group of its own."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from exec_core import ConfigError
+from exec_core.distributed import World, join
+
+
+@pytest.fixture
+def hosts_group() -> Iterator[None]:
+    """A default group that the host program has made."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world(size: int = 1, existing: str = "refuse") -> World:
+    """Rank 0 of a world."""
+    return World(
+        rank=0,
+        world_size=size,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=size,
+        init_method=None,
+        backend=None,
+        device="cpu",
+        timeout_s=5.0,
+        existing="use" if existing == "use" else "refuse",
+    )
+
+
+def test_world_of_one() -> None:
+    """A world of one has all four groups, each of this rank alone, and leaves no default group."""
+    membership = join(world())
+    groups = membership.groups
+    for group in (groups.tp, groups.pp, groups.dp, groups.world):
+        assert ((0,), 0, 1) == (group.ranks, group.rank, group.size)
+        tensor = torch.ones(1)
+        dist.all_reduce(tensor, group=group.device_group)
+        dist.all_reduce(tensor, group=group.cpu_group)
+    membership.leave()
+    membership.leave()
+
+    assert not dist.is_initialized()
+
+
+def test_several_worlds_of_one_share_the_process() -> None:
+    """Several executors of one rank live in one process; the last to leave takes the default group along."""
+    first, second = join(world()), join(world())
+    first.leave()
+    tensor = torch.ones(1)
+    dist.all_reduce(tensor, group=second.groups.world.device_group)
+    assert dist.is_initialized()
+    second.leave()
+
+    assert not dist.is_initialized()
+
+
+def test_hosts_group_is_left_alone(hosts_group: None) -> None:
+    """A default group of the host's is neither replaced nor destroyed."""
+    before = dist.group.WORLD
+    membership = join(world())
+    dist.all_reduce(torch.ones(1), group=membership.groups.tp.device_group)
+    membership.leave()
+
+    assert dist.group.WORLD is before
+    dist.all_reduce(torch.ones(1))
+
+
+def test_hosts_group_is_refused_for_a_larger_world(hosts_group: None) -> None:
+    """A larger world needs the default group for itself, and says what to do."""
+    with pytest.raises(ConfigError, match="must not exist yet .* a group of 1; use driver_worker='process'"):
+        join(world(size=2))
+
+
+def test_hosts_group_that_does_not_fit(hosts_group: None) -> None:
+    """A host's group can serve only where size and rank are the same."""
+    with pytest.raises(ConfigError, match="must be rank 0 of 2, got 'rank 0 of 1'"):
+        join(world(size=2, existing="use"))

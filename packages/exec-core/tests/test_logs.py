@@ -1,0 +1,215 @@
+"""Logs: one JSON object a line, and the host's own configuration wins."""
+
+import io
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+from exec_core import LogConfig, logs
+
+KEYS = ["timestamp", "level", "event", "logger", "executor", "backend", "generation", "rank", "pid"]
+BOUND: dict[str, object] = {"executor": "exec-1-0", "backend": "mp", "generation": 0, "rank": 2, "pid": 4711}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_configured() -> Iterator[None]:
+    structlog.reset_defaults()
+    handlers = logging.getLogger().handlers[:]
+    logging.getLogger().handlers[:] = []
+    yield
+    structlog.reset_defaults()
+    logging.getLogger().handlers[:] = handlers
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A standard error to look at."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def events(stream: io.StringIO) -> list[dict[str, Any]]:
+    """Each line of ``stream`` as a JSON object."""
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def run(program: str) -> list[str]:
+    """Lines on standard error of a program in a process of its own."""
+    done = subprocess.run([sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, check=True)
+    return done.stderr.splitlines()
+
+
+def test_json_event_has_all_keys_in_order(stderr: io.StringIO) -> None:
+    """An event in JSON begins with the same keys, whatever else it has."""
+    logs.driver_logger(LogConfig(format="json"), "exec_core.executor", **BOUND).info("ready", duration_ms=1.5)
+    (event,) = events(stderr)
+
+    assert KEYS == list(event)[: len(KEYS)]
+    assert ("info", "ready", "exec_core.executor", 2, 4711, 1.5) == tuple(
+        event[key] for key in ("level", "event", "logger", "rank", "pid", "duration_ms")
+    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", event["timestamp"])
+
+
+def test_exception_is_in_the_line(stderr: io.StringIO) -> None:
+    """A traceback does not break the line."""
+    log = logs.driver_logger(LogConfig(format="json"), "x")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        log.exception("failed")
+    (event,) = events(stderr)
+
+    assert "ValueError: two\nlines" in event["exception"]
+
+
+def test_anything_can_be_logged(stderr: io.StringIO) -> None:
+    """A value that JSON does not know is written as its repr."""
+    logs.driver_logger(LogConfig(format="json"), "x").info("odd", value={1, 2}, kind=int)
+    (event,) = events(stderr)
+
+    assert ("{1, 2}", "<class 'int'>") == (event["value"], event["kind"])
+
+
+def test_level_is_respected(stderr: io.StringIO) -> None:
+    """Events below the level are not written."""
+    log = logs.driver_logger(LogConfig(format="json", level="warning"), "x")
+    log.info("quiet")
+    log.warning("loud")
+
+    assert ["loud"] == [event["event"] for event in events(stderr)]
+
+
+def test_auto_is_json_where_nobody_looks(stderr: io.StringIO) -> None:
+    """Without a terminal ``auto`` is JSON; ``console`` is for a person, with the rank in front."""
+    logs.driver_logger(LogConfig(), "x", rank=2).info("one")
+    logs.driver_logger(LogConfig(format="console"), "x", rank=2).info("two")
+    logs.driver_logger(LogConfig(format="console"), "x", rank=None).info("three")
+    one, two, three = stderr.getvalue().splitlines()
+
+    assert "one" == json.loads(one)["event"]
+    assert "[rank 2] two" in two
+    assert "[driver] three" in three
+
+
+def test_console_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal ``auto`` is for a person."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+
+    assert ("console", "json") == (logs.resolve_format(LogConfig()), logs.resolve_format(LogConfig(format="json")))
+
+
+def test_hosts_structlog_wins(stderr: io.StringIO) -> None:
+    """A host that has configured structlog gets our events through its own processors, whatever our format says."""
+    seen: list[dict[str, Any]] = []
+
+    def keep(_: Any, __: str, event: Any) -> Any:
+        seen.append(dict(event))
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[keep])
+    logs.driver_logger(LogConfig(format="json"), "exec_core.executor", rank=2).info("ready")
+
+    assert [{"event": "ready", "rank": 2, "logger": "exec_core.executor"}] == seen
+    assert "" == stderr.getvalue()
+
+
+def test_hosts_logging_wins_by_default(stderr: io.StringIO, caplog: pytest.LogCaptureFixture) -> None:
+    """With ``auto`` and handlers on the root logger, events are its records; with ``json`` they are not."""
+    logging.getLogger().addHandler(caplog.handler)
+    caplog.set_level("INFO")
+    logs.driver_logger(LogConfig(), "exec_core.executor", rank=2).info("ready")
+    logs.driver_logger(LogConfig(format="json"), "exec_core.executor", rank=2).info("json")
+
+    assert [("exec_core.executor", "INFO", "ready")] == [
+        (record.name, record.levelname, record.message) for record in caplog.records
+    ]
+    assert ["json"] == [event["event"] for event in events(stderr)]
+
+
+def test_import_configures_nothing() -> None:
+    """Importing the package changes neither structlog nor logging."""
+    program = (
+        "import exec_core, exec_core.testing.workers, logging, structlog, sys; "
+        "print(structlog.is_configured(), logging.getLogger().handlers, logging.getLogger().level, file=sys.stderr)"
+    )
+
+    assert ["False [] 30"] == run(program)
+
+
+def test_workers_process_writes_json_only() -> None:
+    """In a worker's process structlog, `logging` and warnings all become JSON with the worker's keys."""
+    program = f"""
+import logging, structlog, warnings
+from exec_core import logs
+logs.configure_worker("json", "info", logger="worker", **{BOUND!r})
+structlog.get_logger().info("by structlog", step=1)
+structlog.get_logger().debug("too quiet")
+logging.getLogger("library").warning("by %s", "logging")
+logging.getLogger("library").info("info")
+try:
+    raise ValueError("why")
+except ValueError:
+    logging.getLogger("library").exception("with a traceback")
+warnings.warn("by warnings")
+"""
+    found = [json.loads(line) for line in run(program)]
+
+    assert ["by structlog", "by logging", "info", "with a traceback"] == [event["event"] for event in found[:-1]]
+    assert "by warnings" in found[-1]["event"]
+    assert [["worker", "library", "library", "library", "py.warnings"]] == [[event["logger"] for event in found]]
+    assert "ValueError: why" in found[3]["exception"]
+    assert [(2, 4711, "mp", "exec-1-0")] * len(found) == [
+        (event["rank"], event["pid"], event["backend"], event["executor"]) for event in found
+    ]
+    assert ["info", "warning", "info", "error", "warning"] == [event["level"] for event in found]
+
+
+def test_bad_record_is_reported_not_raised() -> None:
+    """A record whose arguments do not fit is the logging library's matter, never an error in the program."""
+    program = """
+import logging
+from exec_core import logs
+logs.configure_worker("json", "info")
+logging.getLogger("library").warning("%d", "x")
+logging.getLogger("library").warning("after")
+"""
+
+    assert "after" == json.loads(run(program)[-1])["event"]
+
+
+def test_threads_do_not_mix_lines() -> None:
+    """Events of many threads are each one whole line."""
+    program = """
+import threading
+from exec_core import LogConfig, logs
+log = logs.driver_logger(LogConfig(format="json"), "x")
+def write(n):
+    for i in range(50):
+        log.info("event", text="x" * 5000, n=n)
+threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+"""
+    lines = run(program)
+
+    assert 400 == len(lines)
+    assert {"event"} == {json.loads(line)["event"] for line in lines}
+
+
+def test_no_standard_error_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program without standard error (a service that closed it) is not stopped by a log event."""
+    nothing: Any = None
+    monkeypatch.setattr(sys, "stderr", nothing)
+    logs.driver_logger(LogConfig(format="json"), "x").info("nobody reads this")

@@ -1,0 +1,160 @@
+"""The wrapper that holds a rank's worker: what it finds by name, and what it leaves behind."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exec_core import ExecutorConfig, ExecutorError, Request, Worker, WorkerContext, WorkerInit, WorkerWrapper
+from exec_core.testing import workers
+from exec_core.worker import as_async_output
+from exec_core.wrapper import resolve_worker_cls, settle
+
+WORKERS = "exec_core.testing.workers"
+
+
+def make_init(tmp_path: Path, worker_cls: Any = workers.EchoWorker, **kwargs: Any) -> WorkerInit:
+    """What rank 0 of one needs."""
+    return WorkerInit(
+        config=ExecutorConfig(worker_cls=worker_cls, worker_kwargs=kwargs),
+        rank=0,
+        local_rank=0,
+        distributed_init_method=None,
+        device_name=None,
+        private_root=os.fspath(tmp_path / "root"),
+        executor="test",
+        backend="test",
+        generation=0,
+        in_driver=True,
+    )
+
+
+def made(tmp_path: Path, worker_cls: Any = workers.EchoWorker, **kwargs: Any) -> WorkerWrapper:
+    """A wrapper whose worker has been built."""
+    wrapper = WorkerWrapper(0)
+    assert wrapper.execute(Request("init_worker", ([make_init(tmp_path, worker_cls, **kwargs)],))).error is None
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        (f"{WORKERS}:EchoWorker", workers.EchoWorker),
+        (f"{WORKERS}.EchoWorker", workers.EchoWorker),
+        (f"{WORKERS}:Outer.Inner", workers.Outer.Inner),
+        (workers.EchoWorker, workers.EchoWorker),
+        (workers.make_worker, workers.make_worker),
+    ],
+)
+def test_class_is_found(path: Any, found: Any) -> None:
+    """A path leads to the class; a class is itself."""
+    assert found is resolve_worker_cls(path)
+
+
+@pytest.mark.parametrize("path", ["no_such:C", f"{WORKERS}:No", f"{WORKERS}.No", "json.no.deeper:C"])
+def test_class_is_not_found(path: str) -> None:
+    """What cannot be imported is an ImportError that names the path as it was given."""
+    with pytest.raises(ImportError, match=f"worker_cls '{path}' cannot be imported"):
+        resolve_worker_cls(path)
+
+
+def test_call_before_the_worker_is_built() -> None:
+    """Before ``init_worker`` only environment variables can be set."""
+    reply = WorkerWrapper(3).execute(Request("where"))
+
+    assert isinstance(reply.error, ExecutorError)
+    assert "the worker of rank 3 is not built yet; init_worker comes first" == str(reply.error)
+
+
+def test_worker_is_built_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class runs only when ``init_worker`` is called, after environment variables were set."""
+    monkeypatch.setenv("EXEC_TEST_WRAPPER", "before")
+    wrapper = WorkerWrapper(0)
+    wrapper.execute(Request("update_environment_variables", ({"EXEC_TEST_WRAPPER": "after"},)))
+    seen: list[str] = []
+
+    def make(context: WorkerContext) -> Worker:
+        seen.append(os.environ["EXEC_TEST_WRAPPER"])
+        return Worker(context)
+
+    assert wrapper.execute(Request("init_worker", ([make_init(tmp_path, make)],))).error is None
+    assert ["after"] == seen
+
+
+def test_errors_are_in_the_reply(tmp_path: Path) -> None:
+    """``execute`` never raises, not even for what is no Exception."""
+    wrapper = made(tmp_path)
+    for error in (ValueError("x"), SystemExit(1), KeyboardInterrupt()):
+        assert error is wrapper.execute(Request(workers.fail, (error,))).error
+
+
+def test_plain_object_has_the_default_hooks(tmp_path: Path) -> None:
+    """Hooks that a plain object lacks are the base class's; what is no hook is not."""
+    wrapper = made(tmp_path, workers.PlainWorker)
+
+    assert (0, 0) == wrapper.execute(Request("determine_num_available_blocks")).value
+    assert isinstance(wrapper.execute(Request("no_such")).error, AttributeError)
+    assert isinstance(wrapper.execute(Request("get_model")).error, AttributeError)
+
+
+def test_error_inside_a_hook_is_not_taken_for_its_absence(tmp_path: Path) -> None:
+    """An AttributeError that a worker's own hook raises is its error."""
+
+    class Broken(workers.PlainWorker):
+        def load_model(self) -> None:
+            raise AttributeError("inside")
+
+    reply = made(tmp_path, Broken).execute(Request("load_model"))
+
+    assert isinstance(reply.error, AttributeError)
+    assert "inside" == str(reply.error)
+
+
+def test_shutdown_once(tmp_path: Path) -> None:
+    """A worker is shut down once, and then there is none."""
+    calls: list[int] = []
+
+    class Leaving(workers.EchoWorker):
+        def shutdown(self) -> None:
+            calls.append(1)
+
+    wrapper = made(tmp_path, Leaving)
+    wrapper.shutdown()
+    wrapper.shutdown()
+
+    assert [1] == calls
+    assert isinstance(wrapper.execute(Request("where")).error, ExecutorError)
+
+
+def test_private_directory_of_the_driver_is_swept(tmp_path: Path) -> None:
+    """A worker in the driver's process leaves no directory behind."""
+    wrapper = made(tmp_path)
+    assert wrapper.context is not None
+    assert Path(wrapper.context.private_dir).is_dir()
+    wrapper.shutdown()
+
+    assert not (tmp_path / "root").exists()
+
+
+def test_unknown_keyword_is_refused(tmp_path: Path) -> None:
+    """The base class takes no keyword of its own."""
+    reply = WorkerWrapper(0).execute(Request("init_worker", ([make_init(tmp_path, Worker, layers=3)],)))
+
+    assert isinstance(reply.error, TypeError)
+    assert "Worker got unknown worker_kwargs ['layers']" == str(reply.error)
+
+
+def test_async_output_is_told_by_its_class() -> None:
+    """An object is an async output when its class has ``get_output``, not when it answers to any name."""
+
+    class Anything:
+        def __getattr__(self, name: str) -> Any:
+            return lambda: name
+
+    class Output:
+        def get_output(self) -> int:
+            return 5
+
+    assert as_async_output(Anything()) is None
+    assert (5, None) == (settle(Output(), wanted=True), settle(Output(), wanted=False))
+    assert (3, None) == (settle(3, wanted=True), settle(3, wanted=False))
