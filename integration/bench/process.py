@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,13 +43,14 @@ class PeerProcess:
     def __init__(self, spec: PeerSpec, n: int, python: str, log: Path) -> None:
         self.spec, self.n = spec, n
         self._log, self._unread = log, b""
+        self._scratch = tempfile.TemporaryDirectory(prefix="b-", ignore_cleanup_errors=True)  # for names of sockets
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [python, "-m", "bench.serve", spec.name, str(n)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env=environment(dict(spec.variables)),
+                env=environment({"TMPDIR": self._scratch.name, **dict(spec.variables)}),
                 start_new_session=True,
             )
 
@@ -124,6 +126,7 @@ class PeerProcess:
             self.kill()
         assert self._process.stdout is not None  # it is a pipe
         self._process.stdout.close()
+        self._scratch.cleanup()
 
     def kill(self) -> None:
         """With all its descendants."""

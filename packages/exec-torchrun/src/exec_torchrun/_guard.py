@@ -29,7 +29,6 @@ from exec_torchrun._frames import Frame, Kind, Part
 from exec_torchrun._link import Link
 
 _HEAD = struct.Struct("<BQ")  # of a value or an error: format, pid
-MINIMUM_BLOCKS = "determine_num_available_blocks, minimum over the replica"
 
 
 @attrs.define
@@ -249,25 +248,6 @@ class GuardedWrapper(WorkerWrapper):
         if self.context is not None:
             self.context.leave()
         self._failed(error)
-
-    # What is not a method of the worker
-
-    def _resolve(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
-        return self._minimum_blocks if method == MINIMUM_BLOCKS else super()._resolve(method)
-
-    def _minimum_blocks(self) -> tuple[int, int]:
-        """Free memory differs between ranks: what fits on all ranks of the replica, by all_reduce on the CPU groups."""
-        gpu, cpu = super()._resolve("determine_num_available_blocks")()
-        groups = None if self.context is None else self.context.groups
-        if groups is None:
-            return int(gpu), int(cpu)
-        import torch
-        import torch.distributed as dist
-
-        blocks = torch.tensor([int(gpu), int(cpu)], dtype=torch.int64)
-        for group in (groups.tp, groups.pp):
-            dist.all_reduce(blocks, dist.ReduceOp.MIN, group=group.cpu_group)
-        return int(blocks[0]), int(blocks[1])
 
     def disconnect(self) -> None:
         """Leaves the others without a word. Twice is fine."""

@@ -21,7 +21,7 @@ from exec_core.executor import Executor
 
 from exec_torchrun._env import LauncherEnv, read_env
 from exec_torchrun._group import SpmdGroup, SpmdLoop
-from exec_torchrun._guard import MINIMUM_BLOCKS, GuardedWrapper, Plan, diverged
+from exec_torchrun._guard import GuardedWrapper, Plan, diverged
 from exec_torchrun._meeting import Meeting, Report, meet
 
 _numbers = itertools.count()  # of this process's executors: all ranks make theirs in the same order
@@ -150,11 +150,12 @@ class ExecutorWithExternalLauncher(Executor):
 
     def determine_num_available_blocks(self) -> tuple[int, int]:
         """KV blocks that fit on every rank of the replica: ``(num_gpu_blocks, num_cpu_blocks)``, the same on all of them."""
+        # Free memory differs between ranks. Their link takes the minimum: unlike a collective it needs no process group.
         limit = self._config.rpc.startup_timeout_s
-        gpu, cpu = self.collective_rpc(
-            MINIMUM_BLOCKS, math.inf if limit is None else limit, aggregate=lambda values: values[0]
+        answers = self.collective_rpc(
+            "determine_num_available_blocks", math.inf if limit is None else limit, gather=True
         )
-        return gpu, cpu
+        return min(int(gpu) for gpu, _ in answers), min(int(cpu) for _, cpu in answers)
 
     def shutdown(self) -> None:
         """Closes, whatever the state, together with the other ranks or without them after ``shutdown_timeout_s``.
