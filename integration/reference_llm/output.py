@@ -126,6 +126,19 @@ class TextOutput:
         print(text, end="", file=self._stdout, flush=True)
 
 
+class SilentOutput:
+    """Nothing: for the ranks of a launched job that leave printing to rank 0."""
+
+    def add(self, index: int, text: str) -> None:
+        """See `Output`."""
+
+    def finish(self, answer: Answer) -> None:
+        """See `Output`."""
+
+    def end(self, summary: Summary) -> None:
+        """See `Output`."""
+
+
 class JsonOutput:
     """One object a line on ``stdout``: each answer when it is complete, then the summary."""
 

@@ -8,20 +8,17 @@ from exec_core import ConfigError, Request
 from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
 
 
-@pytest.mark.parametrize(
-    ("timeout", "default", "expected"),
-    [(None, None, None), (None, 5.0, 5.0), (2, 5.0, 2), (math.inf, 5.0, None), (0.001, None, 0.001)],
-)
-def test_timeout(timeout: float | None, default: float | None, expected: float | None) -> None:
-    """A call's own time-out wins over the default, and infinity means none."""
-    assert expected == checked_timeout(timeout, default)
+@pytest.mark.parametrize(("timeout", "expected"), [(2, 2.0), (math.inf, None), (0.001, 0.001)])
+def test_timeout(timeout: float, expected: float | None) -> None:
+    """A time-out is a number of seconds, and infinity means none."""
+    assert expected == checked_timeout(timeout)
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "1", [1]])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "1", [1], True])
 def test_bad_timeout(timeout: Any) -> None:
     """What is no positive number of seconds is refused."""
     with pytest.raises(ConfigError, match="timeout must be"):
-        checked_timeout(timeout, None)
+        checked_timeout(timeout)
 
 
 def test_deadline() -> None:
@@ -31,8 +28,7 @@ def test_deadline() -> None:
 
 
 def test_chosen_ranks() -> None:
-    """None is everyone; a choice is sorted."""
-    assert (0, 1, 2) == chosen_ranks("ranks", None, (0, 1, 2))
+    """A choice is sorted."""
     assert (0, 2) == chosen_ranks("ranks", [2, 0], (0, 1, 2))
     assert () == chosen_ranks("ranks", [], (0, 1, 2))
 

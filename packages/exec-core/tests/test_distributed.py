@@ -73,7 +73,7 @@ def test_hosts_group_is_left_alone(hosts_group: None) -> None:
 
 def test_hosts_group_is_refused_for_a_larger_world(hosts_group: None) -> None:
     """A larger world needs the default group for itself, and says what to do."""
-    with pytest.raises(ConfigError, match="must not exist yet .* a group of 1; use driver_worker='process'"):
+    with pytest.raises(ConfigError, match="must not exist yet .*a group of 1.*driver_worker='process'"):
         join(world(size=2))
 
 

@@ -22,6 +22,7 @@ from exec_core import (
     WorkerDiedError,
     WorkerError,
     WorkerStartupError,
+    WorldJoinError,
 )
 
 DIED = WorkerDiedError(1, 4711, signal_name="SIGKILL", method="execute_model", last_log_lines=("one", "two"))
@@ -56,6 +57,11 @@ ERRORS: list[tuple[ExecutorError, list[str], tuple[type[Any], ...]]] = [
         RpcTimeoutError("load", 2.5, [0], [1, 2], {1: "  File x"}, "not sent"),
         ["'load'", "2.5 s", "ranks [1, 2] have not answered", "ranks [0] have", "rank 1:\n  File x", "not sent"],
         (TimeoutError,),
+    ),
+    (
+        WorldJoinError(1, 4, "tcp://host:1", "timed out", is_alone=False),
+        ["rank 1 of 4", "tcp://host:1", "timed out", "restart()"],
+        (),
     ),
     (RankDivergenceError({1: "b()", 0: "a()"}), ["rank 0: a(), rank 1: b()"], ()),
     (

@@ -18,26 +18,15 @@ BOUND: dict[str, object] = {"executor": "exec-1-0", "backend": "mp", "generation
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_configured() -> Iterator[None]:
+def _structlog_is_not_configured() -> Iterator[None]:
     structlog.reset_defaults()
-    handlers = logging.getLogger().handlers[:]
-    logging.getLogger().handlers[:] = []
     yield
     structlog.reset_defaults()
-    logging.getLogger().handlers[:] = handlers
 
 
-@pytest.fixture
-def stderr(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """A standard error to look at."""
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream
-
-
-def events(stream: io.StringIO) -> list[dict[str, Any]]:
-    """Each line of ``stream`` as a JSON object."""
-    return [json.loads(line) for line in stream.getvalue().splitlines()]
+def events(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """Each line on standard error so far as a JSON object."""
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
 def run(program: str) -> list[str]:
@@ -46,10 +35,10 @@ def run(program: str) -> list[str]:
     return done.stderr.splitlines()
 
 
-def test_json_event_has_all_keys_in_order(stderr: io.StringIO) -> None:
+def test_json_event_has_all_keys_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     """An event in JSON begins with the same keys, whatever else it has."""
     logs.driver_logger(LogConfig(format="json"), "exec_core.executor", **BOUND).info("ready", duration_ms=1.5)
-    (event,) = events(stderr)
+    (event,) = events(capsys)
 
     assert KEYS == list(event)[: len(KEYS)]
     assert ("info", "ready", "exec_core.executor", 2, 4711, 1.5) == tuple(
@@ -58,41 +47,42 @@ def test_json_event_has_all_keys_in_order(stderr: io.StringIO) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", event["timestamp"])
 
 
-def test_exception_is_in_the_line(stderr: io.StringIO) -> None:
+def test_exception_is_in_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A traceback does not break the line."""
     log = logs.driver_logger(LogConfig(format="json"), "x")
     try:
         raise ValueError("two\nlines")
     except ValueError:
         log.exception("failed")
-    (event,) = events(stderr)
+    (event,) = events(capsys)
 
     assert "ValueError: two\nlines" in event["exception"]
 
 
-def test_anything_can_be_logged(stderr: io.StringIO) -> None:
+def test_anything_can_be_logged(capsys: pytest.CaptureFixture[str]) -> None:
     """A value that JSON does not know is written as its repr."""
     logs.driver_logger(LogConfig(format="json"), "x").info("odd", value={1, 2}, kind=int)
-    (event,) = events(stderr)
+    (event,) = events(capsys)
 
     assert ("{1, 2}", "<class 'int'>") == (event["value"], event["kind"])
 
 
-def test_level_is_respected(stderr: io.StringIO) -> None:
+def test_level_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
     """Events below the level are not written."""
     log = logs.driver_logger(LogConfig(format="json", level="warning"), "x")
     log.info("quiet")
     log.warning("loud")
 
-    assert ["loud"] == [event["event"] for event in events(stderr)]
+    assert ["loud"] == [event["event"] for event in events(capsys)]
 
 
-def test_auto_is_json_where_nobody_looks(stderr: io.StringIO) -> None:
+def test_auto_is_json_where_nobody_looks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a terminal ``auto`` is JSON; ``console`` is for a person, with the rank in front."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     logs.driver_logger(LogConfig(), "x", rank=2).info("one")
     logs.driver_logger(LogConfig(format="console"), "x", rank=2).info("two")
     logs.driver_logger(LogConfig(format="console"), "x", rank=None).info("three")
-    one, two, three = stderr.getvalue().splitlines()
+    one, two, three = capsys.readouterr().err.splitlines()
 
     assert "one" == json.loads(one)["event"]
     assert "[rank 2] two" in two
@@ -111,7 +101,7 @@ def test_console_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("console", "json") == (logs.resolve_format(LogConfig()), logs.resolve_format(LogConfig(format="json")))
 
 
-def test_hosts_structlog_wins(stderr: io.StringIO) -> None:
+def test_hosts_structlog_wins(capsys: pytest.CaptureFixture[str]) -> None:
     """A host that has configured structlog gets our events through its own processors, whatever our format says."""
     seen: list[dict[str, Any]] = []
 
@@ -123,12 +113,11 @@ def test_hosts_structlog_wins(stderr: io.StringIO) -> None:
     logs.driver_logger(LogConfig(format="json"), "exec_core.executor", rank=2).info("ready")
 
     assert [{"event": "ready", "rank": 2, "logger": "exec_core.executor"}] == seen
-    assert "" == stderr.getvalue()
+    assert "" == capsys.readouterr().err
 
 
-def test_hosts_logging_wins_by_default(stderr: io.StringIO, caplog: pytest.LogCaptureFixture) -> None:
+def test_hosts_logging_wins_by_default(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     """With ``auto`` and handlers on the root logger, events are its records; with ``json`` they are not."""
-    logging.getLogger().addHandler(caplog.handler)
     caplog.set_level("INFO")
     logs.driver_logger(LogConfig(), "exec_core.executor", rank=2).info("ready")
     logs.driver_logger(LogConfig(format="json"), "exec_core.executor", rank=2).info("json")
@@ -136,7 +125,7 @@ def test_hosts_logging_wins_by_default(stderr: io.StringIO, caplog: pytest.LogCa
     assert [("exec_core.executor", "INFO", "ready")] == [
         (record.name, record.levelname, record.message) for record in caplog.records
     ]
-    assert ["json"] == [event["event"] for event in events(stderr)]
+    assert ["json"] == [event["event"] for event in events(capsys)]
 
 
 def test_import_configures_nothing() -> None:

@@ -1,6 +1,7 @@
 """The tools that other packages test with find what they are there to find."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,10 +67,11 @@ def test_orphan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     short(monkeypatch)
     program = "import subprocess; print(subprocess.Popen(['/bin/sleep', '60']).pid, flush=True)"
     with pytest.raises(AssertionError, match="'processes': .*sleep N"), leak_check():
-        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
-        with open(f"/proc/{int(done.stdout)}/cmdline", "rb") as file:  # it has become what it is
-            eventually(lambda: b"sleep" in file.read() or file.seek(0))
-    os.kill(int(done.stdout), 9)
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+            assert parent.stdout is not None
+            pid = int(parent.stdout.readline())
+        eventually(lambda: b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes())  # it has become what it is
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_temporary_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

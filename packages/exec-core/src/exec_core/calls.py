@@ -68,6 +68,6 @@ def checked_timeout(timeout: Any) -> float | None:
     Raises:
         ConfigError: for a timeout that is not a number of seconds > 0.
     """
-    if not isinstance(timeout, int | float) or not timeout > 0:
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
         raise ConfigError("timeout", "must be None (the default) or seconds > 0", timeout)
     return None if timeout == math.inf else float(timeout)

@@ -8,6 +8,7 @@ look like ours.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -27,24 +28,28 @@ _KEYS = ("timestamp", "level", "event", "logger", "executor", "backend", "genera
 class LineWriter:
     """Writes each event as one line with one system call, so that processes sharing a stderr do not mix lines."""
 
-    def __init__(self, stream: Callable[[], TextIO] = lambda: sys.stderr, mark: str = "") -> None:
+    def __init__(self, stream: Callable[[], TextIO | None] = lambda: sys.stderr, mark: str = "") -> None:
         self._stream = stream  # looked up at each event: hosts and tests replace sys.stderr
         self._mark = mark
         self._lock = threading.Lock()
 
     def msg(self, line: str) -> None:
-        line = self._mark + line
-        with self._lock:
-            stream = self._stream()
-            try:
-                number = stream.fileno()
-            except (OSError, ValueError, AttributeError):  # not a real file
-                stream.write(line + "\n")
-                return
-            stream.flush()
-            data = memoryview((line + "\n").encode(errors="backslashreplace"))
-            while data:
-                data = data[os.write(number, data) :]
+        with self._lock, contextlib.suppress(OSError, ValueError):  # closed or broken: a log line must not fail a call
+            self._write(self._stream(), f"{self._mark}{line}\n")
+
+    @staticmethod
+    def _write(stream: TextIO | None, line: str) -> None:
+        if stream is None:  # a host without standard error
+            return
+        try:
+            number = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # not a real file
+            stream.write(line)
+            return
+        stream.flush()
+        data = memoryview(line.encode(errors="backslashreplace"))
+        while data:
+            data = data[os.write(number, data) :]
 
     debug = info = warning = error = critical = exception = msg
 

@@ -83,6 +83,7 @@ class _Server:
     def end(self) -> None:
         """Kills all workers first, then waits for them: together they end sooner than one after the other."""
         for session in self._sessions.values():
+            session.sock.shutdown(socket.SHUT_RDWR)  # before the deaths: they are to be put down to this
             session.kill()
         for session in list(self._sessions.values()):
             self._end(session)
@@ -203,7 +204,7 @@ class _Server:
         session.kill()
         for child in session.children.values():
             self._poll.unregister(child.pidfd)
-            session.tell(_reaped(child))
+            _reaped(child)
         session.sock.close()
         if session.private_root:
             shutil.rmtree(session.private_root, ignore_errors=True)

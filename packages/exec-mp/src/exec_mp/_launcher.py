@@ -44,6 +44,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         self.driver = os.getpid()
+        self._stopping = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as stack:
             on_error = stack.enter_context(contextlib.ExitStack())
@@ -75,6 +76,8 @@ class ForkServer:
 
     def how_it_ended(self) -> str:
         """For an error's text."""
+        if self._stopping:
+            return f"the fork server (pid {self.pid}) was stopped"
         code = self._process.poll()
         if code is None:
             return f"the fork server (pid {self.pid}) closed its session"
@@ -96,6 +99,7 @@ class ForkServer:
 
     def stop(self) -> None:
         """Ends the server and with it all its workers."""
+        self._stopping = True
         _end_connection(self._socket)
         try:
             self._process.wait(_STOP_S)
@@ -104,9 +108,10 @@ class ForkServer:
             self._process.wait()
 
     def forget(self) -> None:
-        """In a forked child, whose server this is not."""
+        """When it has ended, or in a forked child, whose server this is not."""
         self._socket.close()
-        self._process.returncode = 0  # else it warns that it was not waited for
+        if self._process.returncode is None:
+            self._process.returncode = 0  # else it warns that it was not waited for
 
 
 class Session:
@@ -221,7 +226,10 @@ def fork_server() -> ForkServer:
     """This process's fork server, started if there is none."""
     global _server
     with _lock:
-        if _server is None or not _server.alive():
+        if _server is not None and not _server.alive():
+            _server.forget()
+            _server = None
+        if _server is None:
             _server = ForkServer()
         return _server
 

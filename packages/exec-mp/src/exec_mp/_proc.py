@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import NamedTuple
 
 _PF_EXITING = 0x4  # of the flags in /proc/<pid>/stat, from the kernel's sched.h
@@ -40,10 +41,13 @@ def stat(pid: int) -> Stat | None:
 
 
 def children() -> list[int]:
-    """Pids of this process's children."""
-    ours = os.getpid()
-    pids = (int(name) for name in os.listdir("/proc") if name.isdigit()) if _is_ours() else ()
-    return [pid for pid in pids if (found := stat(pid)) is not None and found.parent == ours]
+    """Pids of this process's children, of which it has one thread."""
+    try:
+        with open(f"/proc/self/task/{threading.get_native_id()}/children", "rb") as file:
+            return [int(pid) for pid in file.read().split()] if _is_ours() else []
+    except OSError:  # a kernel built without it
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if (found := stat(pid)) is not None and found.parent == os.getpid()]
 
 
 def _is_ours() -> bool:
