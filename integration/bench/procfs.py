@@ -56,12 +56,14 @@ class Held:
 
     Attributes:
         pss: bytes of memory, shared pages divided among those who map them.
+        data: those of them that come from no file on disk. Unlike libraries, other programs cannot share them.
         descriptors: open descriptors of all processes together.
         memfds: different anonymous memory files among them.
         memfd_bytes: memory of those files, mapped or not.
     """
 
     pss: int
+    data: int
     descriptors: int
     memfds: int
     memfd_bytes: int
@@ -69,23 +71,23 @@ class Held:
 
 def held(pids: Iterable[int]) -> Held:
     """What these processes hold now."""
-    pss = descriptors = 0
+    pss = data = descriptors = 0
     files: dict[tuple[int, int], int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            pss += pss_bytes(pid)
+            rollup = _rollup(pid)
+            pss += rollup["Pss"]
+            data += rollup["Pss_Anon"] + rollup["Pss_Shmem"]
             for entry in os.scandir(f"/proc/{pid}/fd"):
                 descriptors += 1
                 with contextlib.suppress(OSError):
                     if os.readlink(entry.path).startswith("/memfd:"):
                         status = entry.stat()
                         files[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return Held(pss, descriptors, len(files), sum(files.values()))
+    return Held(pss, data, descriptors, len(files), sum(files.values()))
 
 
-def pss_bytes(pid: int) -> int:
-    """Memory of one process, shared pages divided among those who map them."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _rollup(pid: int) -> dict[str, int]:
+    """Memory of one process by kind, in bytes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    return {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}

@@ -104,7 +104,7 @@ def _growth(results: Results) -> Iterator[Target]:
         count = results.value(case, OURS, 2, "calls")
         named = f"{what} after warm-up" if count is None else f"{count:,.0f} {what}"
         for metric, held, limit, unit in (
-            ("pss_growth_mb", "memory", GROWTH_MB, "MB"),
+            ("data_growth_mb", "memory", GROWTH_MB, "MB"),
             ("descriptor_growth", "descriptors", 0, ""),
             ("memfd_growth", "memfds", 0, ""),
         ):

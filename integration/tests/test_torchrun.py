@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,17 @@ def expected(arguments: Sequence[str]) -> list[list[int]]:
     return tokens(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
 
 
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The variables of a job, whose launcher leaves a directory for logs behind."""
+    return {**os.environ, "TMPDIR": str(tmp_path)}
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What a job has printed."""
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
 def tokens(out: str) -> list[list[int]]:
     """The answers' tokens, from what the program prints with --json; one summary comes last."""
     *answers, summary = map(json.loads, out.splitlines())
@@ -49,21 +60,23 @@ def tokens(out: str) -> list[list[int]]:
         pytest.param((3, 1), id="tp3", marks=pytest.mark.cuda_devices(3)),
     ],
 )
-def test_ranks_of_one_host(sizes: tuple[int, int], arguments: Sequence[str], expected: list[list[int]]) -> None:
+def test_ranks_of_one_host(
+    sizes: tuple[int, int], environment: Mapping[str, str], arguments: Sequence[str], expected: list[list[int]]
+) -> None:
     """Pipeline or tensor parallel: the tokens of one process, printed once."""
     tensor, pipeline = sizes
     parallel = ["--tensor-parallel-size", str(tensor), "--pipeline-parallel-size", str(pipeline)]
     launcher = [*TORCHRUN, "--nproc-per-node", str(tensor * pipeline), str(PROGRAM), "--backend", "torchrun"]
-    done = subprocess.run([*launcher, *parallel, *arguments], capture_output=True, text=True, timeout=200, check=False)
+    done = run([*launcher, *parallel, *arguments], environment)
     assert done.returncode == 0, done.stderr
     assert expected == tokens(done.stdout)
 
 
-def test_a_mistake_is_said_once(arguments: Sequence[str]) -> None:
+def test_a_mistake_is_said_once(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
     """Sizes that do not fit the launched job: one line on stderr, not one for each rank."""
     launcher = [*TORCHRUN, "--nproc-per-node", "2", str(PROGRAM), "--backend", "torchrun"]
     wrong = ["--pipeline-parallel-size", "3"]
-    done = subprocess.run([*launcher, *wrong, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = run([*launcher, *wrong, *arguments], environment)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("generate:")]
     assert "WORLD_SIZE must be 1 (data parallel) x 1 (tensor parallel) x 3 (pipeline parallel) = 3, got 2" in line
 
@@ -110,11 +123,13 @@ def hosts() -> Iterator[list[Host]]:
 
 
 @pytest.mark.cuda_devices(4)
-def test_two_hosts(hosts: list[Host], arguments: Sequence[str], expected: list[list[int]]) -> None:
+def test_two_hosts(
+    hosts: list[Host], environment: Mapping[str, str], arguments: Sequence[str], expected: list[list[int]]
+) -> None:
     """Two ranks on each, four pipeline stages across both: the tokens of one process, printed by rank 0 alone."""
     sizes = ["--tensor-parallel-size", "1", "--pipeline-parallel-size", "4"]
     with ExitStack() as stack:
-        jobs = [stack.enter_context(launch(host, hosts[0], [*sizes, *arguments])) for host in hosts]
+        jobs = [stack.enter_context(launch(host, hosts[0], environment, [*sizes, *arguments])) for host in hosts]
         for job in jobs:
             stack.callback(job.kill)
         outputs = [job.communicate(timeout=200) for job in jobs]
@@ -123,13 +138,14 @@ def test_two_hosts(hosts: list[Host], arguments: Sequence[str], expected: list[l
     assert [expected] == [tokens(out) for out in printed]
 
 
-def launch(host: Host, meeting_point: Host, arguments: Sequence[str]) -> Any:
+def launch(host: Host, meeting_point: Host, environment: Mapping[str, str], arguments: Sequence[str]) -> Any:
     """torchrun on one host; the hosts find each other by its c10d rendezvous."""
     torchrun = [
         *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "2", "--local-addr", host.address,
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting_point.address}:29400", "--rdzv-id", "two-hosts",
+        "--rdzv-conf", f"is_host={int(host is meeting_point)}",
     ]  # fmt: skip
     # Both hosts have this machine's name, which leads nowhere in their network.
-    environ = {**os.environ, "GLOO_SOCKET_IFNAME": host.interface}
+    environ = {**environment, "GLOO_SOCKET_IFNAME": host.interface}
     command = host.command(*torchrun, str(PROGRAM), "--backend", "torchrun", *arguments)
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

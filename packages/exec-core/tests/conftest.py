@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+
 from exec_core.testing import ExecutorContract, leak_check
 
 

@@ -4,6 +4,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
 
 import pytest
+
 from exec_core import BackendNotFoundError, ConfigError, Executor, ExecutorConfig, Worker, backends, create_executor
 from exec_core.testing.workers import EchoWorker
 

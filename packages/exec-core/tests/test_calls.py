@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+
 from exec_core import ConfigError, Request
 from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+
 from exec_core import ConfigError, DeviceConfig, DeviceError, ParallelConfig, devices
 from exec_core.devices import Placement
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+
 from exec_core import ConfigError
 from exec_core.distributed import World, join
 

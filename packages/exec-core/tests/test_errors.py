@@ -4,8 +4,9 @@ import copy
 import pickle
 from typing import Any
 
-import exec_core
 import pytest
+
+import exec_core
 from exec_core import (
     BackendNotFoundError,
     ConfigError,

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+
 from exec_core import ExecutorClosedError, ExecutorFailedError, State, WorkerDiedError
 from exec_core.lifecycle import Lifecycle
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import structlog
+
 from exec_core import LogConfig, logs
 
 KEYS = ["timestamp", "level", "event", "logger", "executor", "backend", "generation", "rank", "pid"]

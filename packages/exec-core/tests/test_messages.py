@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+
 from exec_core import RemoteTraceback, SerializationError, WorkerError, messages
 from exec_core.messages import Encoded, Failure, Format, Request
 from exec_core.testing.workers import TwoArgumentError, UnpicklableError

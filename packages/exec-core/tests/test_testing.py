@@ -8,8 +8,9 @@ import tempfile
 import threading
 from pathlib import Path
 
-import exec_core.testing
 import pytest
+
+import exec_core.testing
 from exec_core.testing import Gate, eventually, leak_check
 
 

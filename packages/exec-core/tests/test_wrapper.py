@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from exec_core import ExecutorConfig, ExecutorError, Request, Worker, WorkerContext, WorkerInit, WorkerWrapper
 from exec_core.testing import workers
 from exec_core.worker import as_async_output

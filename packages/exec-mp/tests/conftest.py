@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import exec_core as ec
 import pytest
+
+import exec_core as ec
+import exec_mp
 from exec_core.testing import ExecutorContract, leak_check
 from exec_core.testing.workers import EchoWorker
-
-import exec_mp
 
 Launch = Callable[..., ec.Executor]
 
@@ -23,10 +23,10 @@ def _leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
         yield
         return
     tmp_path_factory.getbasetemp()
-    exec_mp.prestart()
+    exec_mp.prestart(())
     with leak_check():
         yield
-        exec_mp.prestart()  # a test that has ended the fork server gets a new one: they are equal to the check
+        exec_mp.prestart(())  # a test that has ended the fork server gets a new one: they are equal to the check
 
 
 @pytest.fixture
@@ -44,6 +44,8 @@ def launch(_leaves_nothing: None) -> Iterator[Launch]:
             log: dict[str, Any] | None = None,
             **config: Any,
         ) -> ec.Executor:
+            # Importing torch into a new fork server takes longer than most tests.
+            limits = {"timeout_s": 60.0, "startup_timeout_s": 60.0, "preload": ("torch",) if gloo else ()}
             executor = ec.create_executor(
                 ec.ExecutorConfig(
                     worker_cls=worker_cls,
@@ -52,7 +54,7 @@ def launch(_leaves_nothing: None) -> Iterator[Launch]:
                     device=ec.DeviceConfig(
                         device="cpu", threads_per_worker=1, distributed_backend=None if gloo else "none"
                     ),
-                    rpc=ec.RpcConfig(**{"timeout_s": 60.0, "startup_timeout_s": 60.0, **(rpc or {})}),
+                    rpc=ec.RpcConfig(**{**limits, **(rpc or {})}),
                     log=ec.LogConfig(**{"format": "json", "level": "critical", **(log or {})}),
                     **config,
                 )

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import exec_core as ec
 import pytest
+
+import exec_core as ec
 from exec_core.testing import eventually, faults, workers
 from exec_core.testing.sync import Gate
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
-import exec_core as ec
 import pytest
-from exec_core.testing import eventually, faults
 
+import exec_core as ec
 import exec_mp
+from exec_core.testing import eventually, faults
 from exec_mp import _launcher
 
 Launch = Callable[..., ec.Executor]

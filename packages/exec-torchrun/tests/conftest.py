@@ -53,11 +53,12 @@ def processes_of_session(session: int) -> list[str]:
 def run_job(
     directory: Path, command: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 60.0
 ) -> Job:
-    """Runs ``command``, in which every rank records into ``directory``, and checks that it leaves no process behind."""
-    directory.mkdir(exist_ok=True)
+    """Runs ``command``, in which every rank records into ``directory``, and checks that it leaves nothing behind."""
+    temporary = directory / "tmp"  # of the job's own: torchrun leaves a directory for logs in it
+    temporary.mkdir(parents=True, exist_ok=True)
     # What torchrun or a coverage run of ours sets for its own processes is not for these.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
-    environ = {**inherited, "OMP_NUM_THREADS": "1", "RECORDS": os.fspath(directory), **(env or {})}
+    environ = {**inherited, "OMP_NUM_THREADS": "1", "RECORDS": os.fspath(directory), "TMPDIR": os.fspath(temporary), **(env or {})}
     with subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
@@ -68,6 +69,7 @@ def run_job(
             output, _ = process.communicate()
             pytest.fail(f"not done after {timeout_s:g} s:\n{output}")
     assert [] == processes_of_session(process.pid)
+    assert [] == [path.name for path in temporary.iterdir() if not path.name.startswith("torchelastic_")]
     ranks: dict[int, dict[str, Any]] = {}
     for file in directory.glob("rank-*.jsonl"):
         for line in file.read_text().splitlines():

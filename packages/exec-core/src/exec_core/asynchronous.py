@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +34,8 @@ class Room:
 
     async def wait(self, limit_s: float) -> None:
         """Returns when room may have been made, or after ``limit_s``."""
+        import asyncio  # with the first task that waits: a program that never awaits need not load it
+
         loop, made = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -66,4 +67,11 @@ async def awaited(submit: Callable[[Call, bool], Future[Any]], call: Call, room:
                 raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=str(busy)) from busy
             await room.wait(min(remaining, _LOOK_AGAIN_S))
         else:
-            return await asyncio.wrap_future(future)
+            return await awaited_future(future)
+
+
+async def awaited_future(future: Future[Any]) -> Any:
+    """The value of ``future``."""
+    import asyncio
+
+    return await asyncio.wrap_future(future)

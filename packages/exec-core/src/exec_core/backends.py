@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import Any
 
 from exec_core.base import OnProgress
@@ -21,6 +20,8 @@ def find_backend(backend: str | type[Any]) -> type[Executor]:
         BackendNotFoundError: with the line that installs it, where the name is known.
         ConfigError: when what is found is no `Executor`.
     """
+    from importlib.metadata import entry_points
+
     found: Any = backend
     if isinstance(backend, str):
         installed = {entry.name: entry for entry in entry_points(group=GROUP)}

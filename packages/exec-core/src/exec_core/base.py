@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
 
-from exec_core import logs
 from exec_core.asynchronous import Room, awaited
 from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
 from exec_core.config import ExecutorConfig
@@ -113,6 +112,8 @@ class BaseExecutor(abc.ABC):
         return [] if group is None else group.infos()
 
     def _logger(self) -> Any:
+        from exec_core import logs  # structlog takes longer to import than all of this package
+
         names = {"executor": self._name, "backend": self.backend, "generation": self.generation}
         return logs.driver_logger(self._config.log, "exec_core.executor", rank=None, pid=os.getpid(), **names)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
-from exec_core.asynchronous import awaited
+from exec_core.asynchronous import awaited, awaited_future
 from exec_core.base import BaseExecutor, OnProgress
 from exec_core.calls import Call
 from exec_core.config import ExecutorConfig
@@ -186,7 +185,7 @@ class Executor(BaseExecutor):
     async def execute_model_async(self, request: Any) -> Any:
         """`execute_model`, awaited. Several may be in flight; each rank runs them in the order of the calls."""
         if self._loop.running:
-            return await asyncio.wrap_future(self._loop.step(request))
+            return await awaited_future(self._loop.step(request))
         return await awaited(self._submit, self._step_call("execute_model", request, None), self._room)
 
     async def check_health_async(self) -> None:
@@ -195,7 +194,7 @@ class Executor(BaseExecutor):
 
     async def stop_remote_worker_execution_loop_async(self) -> None:
         """`stop_remote_worker_execution_loop`, awaited."""
-        await asyncio.wrap_future(self._loop.step(None))
+        await awaited_future(self._loop.step(None))
 
 
 def _only(values: list[Any]) -> Any:

@@ -16,9 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
-import structlog
 
-from exec_core import logs
 from exec_core.context import ReportProgress, WorkerContext, WorkerInit
 from exec_core.errors import ExecutorError
 from exec_core.messages import Reply, Request
@@ -128,6 +126,10 @@ class WorkerWrapper:
 
 
 def _logger(init: WorkerInit) -> Any:
+    import structlog
+
+    from exec_core import logs
+
     names: dict[str, object] = {
         "executor": init.executor, "backend": init.backend, "generation": init.generation, "rank": init.rank,
         "pid": os.getpid(),

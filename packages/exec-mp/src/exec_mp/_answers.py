@@ -7,7 +7,6 @@ import threading
 from exec_core import messages
 from exec_core.errors import WorkerError
 from exec_core.messages import Failure, Format, Status
-
 from exec_mp._channel import Answer
 
 

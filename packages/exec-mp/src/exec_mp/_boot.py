@@ -51,7 +51,7 @@ def be_worker(server: int, execs: bool, fds: Sequence[int]) -> NoReturn:
         _take_descriptors(fds)
         if execs:
             program = f"from exec_mp._boot import run; run({FIRST_FD})"
-            os.execv(sys.executable, [sys.executable, "-P", "-c", _with_path(program)])
+            os.execv(sys.executable, [sys.executable, "-P", "-c", _with_path(program)])  # noqa: S606 # our own program
     except BaseException:
         traceback.print_exc()
         os._exit(1)

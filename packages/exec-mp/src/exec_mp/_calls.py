@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import attrs
+
 from exec_core.calls import Call
 from exec_core.errors import RpcTimeoutError
 from exec_core.messages import Failure, first_failure

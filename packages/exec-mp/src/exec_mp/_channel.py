@@ -275,10 +275,9 @@ class WorkerChannel:
         if name is None:
             name = self._names[raw_name] = raw_name.decode()
         start += name_bytes
+        body = view[start : start + nbytes] if nbytes and not position else _NO_BODY
         if position:
             body = self._body(position, nbytes, block, flags)
-        else:
-            body = view[start : start + nbytes] if nbytes else _NO_BODY
         wants_value = bool(words[word + self._mask_word + geometry.mask_words] >> self._mask_bit & 1)
         return Incoming(call_id, name, body, position != 0, fmt, wants_value, bool(flags & _EXIT))
 

@@ -24,7 +24,6 @@ from typing import Any
 
 from exec_core.base import shutdown_all
 from exec_core.errors import WorkerStartupError
-
 from exec_mp._boot import Boot
 from exec_mp._protocol import MAX_BYTES, Exited, Fork, Forked, Open, Opened, Refused, Signal
 

@@ -1,7 +1,7 @@
 """Where the workers' stdout and stderr go: to the driver's, to files, or, line by line, into the driver's log.
 
-    worker print, C++, NCCL ... --pipe--> WorkerOutput.read --> one event for each line
-    worker structlog, logging --as marked JSON--> the same pipe --> the same event, in the driver's format
+worker print, C++, NCCL ... --pipe--> WorkerOutput.read --> one event for each line
+worker structlog, logging --as marked JSON--> the same pipe --> the same event, in the driver's format
 """
 
 from __future__ import annotations

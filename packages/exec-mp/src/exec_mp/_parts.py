@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
-from exec_core.asynchronous import Room
 
+from exec_core.asynchronous import Room
 from exec_mp._channel import DriverChannel
 from exec_mp._launcher import Session
 from exec_mp._layout import Geometry

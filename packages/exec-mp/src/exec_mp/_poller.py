@@ -1,7 +1,7 @@
 """The background thread's wait: descriptors, each with what to do when it has something to read.
 
-    handler() -> True     goes on being watched
-    handler() -> False    is done with: its descriptor is at its end
+handler() -> True     goes on being watched
+handler() -> False    is done with: its descriptor is at its end
 """
 
 from __future__ import annotations

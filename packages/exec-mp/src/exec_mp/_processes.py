@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
-from exec_core.errors import WorkerDiedError
 
+from exec_core.errors import WorkerDiedError
 from exec_mp import _proc
 from exec_mp._calls import DEATH_GRACE_S
 from exec_mp._launcher import Session, end_groups

@@ -1,7 +1,7 @@
 """What the driver and its fork server say to each other: pickled records over Unix sockets that keep their bounds.
 
-    driver --Open + socket--> server                       one session for each group of workers
-    driver <=Fork, Signal / Opened, Forked, Refused, Exited=> server   over that session's socket
+driver --Open + socket--> server                       one session for each group of workers
+driver <=Fork, Signal / Opened, Forked, Refused, Exited=> server   over that session's socket
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class StackReporter:
         while True:
             os.eventfd_read(self._bell)
             with contextlib.suppress(Exception):  # this thread is needed again; the report is empty then
-                frame = sys._current_frames().get(self._main or 0)
+                frame = sys._current_frames().get(self._main or 0)  # noqa: SLF001 # the documented way to other threads' frames
                 text = "".join(_worker_frames(traceback.format_stack(frame)))
                 os.write(self._file, text.encode(errors="replace"))
             self._count()

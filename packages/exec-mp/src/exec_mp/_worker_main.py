@@ -157,4 +157,4 @@ def main(geometry: Geometry, rank: int, threads: int | None) -> None:
     serve(channel, wrapper, replier)
     wrapper.shutdown()
     with contextlib.suppress(Exception):
-        atexit._run_exitfuncs()
+        atexit._run_exitfuncs()  # noqa: SLF001 # what an interpreter runs at its end; this process leaves by os._exit

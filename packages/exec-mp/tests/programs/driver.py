@@ -1,6 +1,6 @@
 """A driver to be killed: it starts workers, prints the pids of all that must go with it, and stays.
 
-    python driver.py idle|call|collective|gil|load|thread|forked
+python driver.py idle|call|collective|gil|load|thread|forked
 """
 
 import os
@@ -9,11 +9,9 @@ import threading
 import time
 
 import exec_core as ec
+import exec_mp
 from exec_core.testing import faults
 from exec_core.testing.workers import EchoWorker
-
-import exec_mp
-
 
 PRELOAD = ("torch",)  # where it is needed: importing it is most of a test's time
 
@@ -67,7 +65,7 @@ def run(mode: str) -> None:
 def main(mode: str) -> None:
     """Runs until it is killed."""
     exec_mp.prestart(PRELOAD if mode == "collective" else ())
-    tell("pid", exec_mp._launcher.fork_server().pid)  # noqa: SLF001 # no other way to know it
+    tell("pid", exec_mp._launcher.fork_server().pid)  # no other way to know it
     if mode == "thread":
         thread = threading.Thread(target=run, args=(mode,))
         thread.start()

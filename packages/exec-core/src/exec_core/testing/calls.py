@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import os
 import threading
@@ -37,7 +38,7 @@ class CallContract(ContractBase):
 
     def test_signature_of_known_systems(self, executor: Executor) -> None:
         """``method, timeout, args, kwargs, non_block`` may be given by position, and the result is a list."""
-        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", 30.0, (1,), {}, False)  # noqa: FBT003 # by position is the point
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", 30.0, (1,), {}, False)  # by position is the point
 
     def test_callable_gets_the_worker_first(self, executor: Executor) -> None:
         """A callable runs on every rank with the worker as its first argument."""
@@ -84,9 +85,9 @@ class CallContract(ContractBase):
 
     def test_no_rank_is_a_call_too(self, executor: Executor) -> None:
         """An empty list of ranks runs nothing, and an empty list of reply ranks returns nothing."""
-        assert [] == executor.collective_rpc("where", ranks=[])
-        assert [] == executor.collective_rpc("where", ranks=[], non_block=True).result(30)
-        assert [] == executor.collective_rpc("where", reply_ranks=[])
+        assert executor.collective_rpc("where", ranks=[]) == []
+        assert executor.collective_rpc("where", ranks=[], non_block=True).result(30) == []
+        assert executor.collective_rpc("where", reply_ranks=[]) == []
 
     @pytest.mark.parametrize("name", ["ranks", "reply_ranks"])
     @pytest.mark.parametrize("bad", [[99], [-1], [0, 0], ["0"]])
@@ -129,7 +130,7 @@ class CallContract(ContractBase):
 
     def test_aggregate_sees_reply_ranks_only(self, executor: Executor) -> None:
         """``aggregate`` gets the values of the reply ranks."""
-        assert 1 == executor.collective_rpc("where", reply_ranks=[self.last()], aggregate=len)
+        assert executor.collective_rpc("where", reply_ranks=[self.last()], aggregate=len) == 1
 
     def test_aggregate_error_is_the_callers(self, executor: Executor) -> None:
         """What ``aggregate`` raises, the call raises, and the executor goes on."""
@@ -176,7 +177,7 @@ class CallContract(ContractBase):
             return answers == [[(rank, (number, i)) for rank in self.world()] for i in range(50)]
 
         with ThreadPoolExecutor(8) as pool:
-            assert [True] * 8 == list(pool.map(ask, range(8)))
+            assert list(pool.map(ask, range(8))) == [True] * 8
 
     def test_one_order_on_all_ranks(self, executor: Executor) -> None:
         """Calls from eight threads, blocking or not, run in the same order on every rank."""
@@ -194,7 +195,7 @@ class CallContract(ContractBase):
         first, *others = executor.collective_rpc("entries", args=("order",))
         executor.collective_rpc(lambda worker: worker.journal.clear())
 
-        assert 160 == len(first)
+        assert len(first) == 160
         assert [first] * len(others) == others
         assert [[i for _, n, i in first if n == number] for number in range(8)] == [list(range(20))] * 8
 
@@ -216,7 +217,7 @@ class CallContract(ContractBase):
             calls = list(pool.map(lambda _: executor.collective_rpc(interval), range(8)))
         for rank in self.world():
             ordered = sorted(call[rank] for call in calls)
-            assert all(first[1] <= second[0] for first, second in zip(ordered, ordered[1:], strict=False))
+            assert all(first[1] <= second[0] for first, second in itertools.pairwise(ordered))
 
     def test_worker_has_the_process_it_should(self, executor: Executor) -> None:
         """Ranks run in processes of their own, but for those that are in the caller's by design."""

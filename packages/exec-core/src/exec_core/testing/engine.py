@@ -82,7 +82,7 @@ class EngineContract(ContractBase):
 
     def test_output_rank_can_be_chosen(self, start: Start) -> None:
         """``ExecutorConfig.output_rank`` says whose value a step returns."""
-        assert (0, "r") == start(output_rank=0).execute_model("r")
+        assert start(output_rank=0).execute_model("r") == (0, "r")
 
     def test_worker_without_execute_model_says_so(self, start: Start) -> None:
         """The default hook is an error that names class and method."""
@@ -206,7 +206,7 @@ class EngineContract(ContractBase):
 
         executor = start(Worker, cache=CacheConfig(num_gpu_blocks=5, num_cpu_blocks=2))
 
-        assert (5, 2) == executor.determine_num_available_blocks()
+        assert executor.determine_num_available_blocks() == (5, 2)
 
     # Sleep, model, profile, weights
 
@@ -261,7 +261,7 @@ class EngineContract(ContractBase):
             state = torch.load(whole)
             assert ({"weight", "bias"}, float(rank)) == (set(state), state["bias"][0].item())
             parts = [torch.load(tmp_path / "parts" / f"w-{rank}-{part}.pt") for part in range(2)]
-            assert [["weight"], ["bias"]] == [list(part) for part in parts]
+            assert [list(part) for part in parts] == [["weight"], ["bias"]]
         assert 2 * len(self.world()) == len(os.listdir(tmp_path / "parts"))
 
     def test_check_health(self, executor: Executor) -> None:

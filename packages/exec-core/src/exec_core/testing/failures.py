@@ -24,7 +24,7 @@ class FailureContract(ContractBase):
         with pytest.raises(KeyError) as caught:
             executor.collective_rpc(workers.fail, args=(KeyError("layer", 3), self.last()))
 
-        assert ("layer", 3) == caught.value.args
+        assert caught.value.args == ("layer", 3)
 
     def test_error_says_where(self, executor: Executor) -> None:
         """A note names rank, process and method."""
@@ -50,7 +50,7 @@ class FailureContract(ContractBase):
             assert caught.traceback[-1].name == "fail"
         else:
             assert isinstance(caught.value.__cause__, RemoteTraceback)
-            assert 'raise error\nValueError: wrong' in str(caught.value.__cause__)
+            assert "raise error\nValueError: wrong" in str(caught.value.__cause__)
 
     def test_error_keeps_its_own_cause_and_notes(self, executor: Executor) -> None:
         """An error's own notes survive, and its own cause is in the remote traceback."""
@@ -195,8 +195,8 @@ class FailureContract(ContractBase):
         with pytest.raises(FileNotFoundError) as missing:
             executor.collective_rpc(lambda worker: os.stat("/no/such/file"), ranks=[self.last()])
 
-        assert 4 == called.value.returncode
-        assert "/no/such/file" == missing.value.filename
+        assert called.value.returncode == 4
+        assert missing.value.filename == "/no/such/file"
 
     def test_workers_own_output_is_no_answer(self, executor: Executor) -> None:
         """A worker that prints does not disturb its replies."""

@@ -32,7 +32,7 @@ class LifecycleContract(ContractBase):
         assert State.READY is executor.state
         executor.shutdown()
         assert State.CLOSED is executor.state
-        assert [] == executor.workers
+        assert executor.workers == []
 
     def test_shutdown_twice(self, start: Start) -> None:
         """Closing what is closed is fine."""
@@ -62,7 +62,7 @@ class LifecycleContract(ContractBase):
             return executor.state
 
         with ThreadPoolExecutor(4) as pool:
-            assert [State.CLOSED] * 4 == list(pool.map(close, range(4)))
+            assert list(pool.map(close, range(4))) == [State.CLOSED] * 4
 
     def test_shutdown_from_a_callback(self, start: Start) -> None:
         """A done callback may close the executor."""
@@ -161,7 +161,7 @@ class LifecycleContract(ContractBase):
         executor.register_failure_callback(called.append)
         executor.shutdown()
 
-        assert [] == called
+        assert called == []
 
     def test_restart_needs_a_failure(self, executor: Executor) -> None:
         """``restart`` on an executor that has not failed is refused, and does it no harm."""

@@ -151,7 +151,7 @@ class StartContract(ContractBase):
         with pytest.raises(WorkerStartupError, match=f"worker_cls '{path}' cannot be imported") as caught:
             start(path)
 
-        assert "init_worker" == caught.value.phase
+        assert caught.value.phase == "init_worker"
         assert isinstance(caught.value.__cause__, ImportError)
 
     def test_path_of_something_else(self, start: Start) -> None:
@@ -176,7 +176,7 @@ class StartContract(ContractBase):
         with pytest.raises(WorkerStartupError, match="startup_timeout_s") as caught:
             start(workers.HoldingWorker, worker_kwargs=kwargs, rpc=RpcConfig(startup_timeout_s=1.0))
 
-        assert "load_model" == caught.value.phase
+        assert caught.value.phase == "load_model"
 
     def test_unsupported_world_is_refused(self, start: Start) -> None:
         """Replicas in one world are for another backend: refused before anything is started, with the way out."""
@@ -243,7 +243,7 @@ class StartContract(ContractBase):
             ranks=self.remote(),
         )
         if not self.local_ranks:
-            assert "host" == os.environ["EXEC_TEST_ALL"]
+            assert os.environ["EXEC_TEST_ALL"] == "host"
 
     def test_environment_by_rank(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         """A tuple of mappings gives each rank its own environment."""
@@ -316,7 +316,7 @@ class StartContract(ContractBase):
     def test_private_directory(self, start: Start) -> None:
         """Each rank has a directory that only its user can read, made when asked for and gone with the executor."""
         executor = start()
-        assert [] == [name for name in os.listdir(tempfile.gettempdir()) if not name.startswith("torchinductor")]
+        assert [name for name in os.listdir(tempfile.gettempdir()) if not name.startswith("torchinductor")] == []
         paths = executor.collective_rpc(lambda worker: worker.context.private_dir)
         for path in paths:
             Path(path, "file").write_text("x")

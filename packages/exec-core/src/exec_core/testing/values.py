@@ -90,7 +90,7 @@ class ValueContract(ContractBase):
         for value in (torch.zeros(4), numpy.zeros(4), torch.zeros(1 << 18)):
             arrived = executor.collective_rpc(add_one, args=(value,), ranks=self.remote())
             assert [1.0] * len(self.remote()) == [float(one[0]) for one in arrived]
-            assert 0.0 == float(value[0])
+            assert float(value[0]) == 0.0
             for one in arrived:
                 one += 1  # what comes back is the caller's to change
             assert [2.0] * len(self.remote()) == [float(one[0]) for one in arrived]
@@ -155,7 +155,7 @@ class ValueContract(ContractBase):
         value = Local(5)
         for arrived in executor.collective_rpc(back, args=(value,)):
             assert isinstance(arrived, Local)
-            assert 5 == arrived.x
+            assert arrived.x == 5
 
     def test_unpicklable_argument_is_named(self, executor: Executor) -> None:
         """What cannot be pickled is refused before anything is sent, with the way to it; in one process it just passes."""
@@ -233,7 +233,7 @@ class ValueContract(ContractBase):
         executor = start(rpc=RpcConfig(max_message_bytes=100_000))
         with pytest.raises(MessageTooLargeError) as caught:
             executor.collective_rpc("note", args=(bytes(200_000),))
-        assert (100_000, True) == (caught.value.limit, caught.value.nbytes >= 200_000)
+        assert (caught.value.limit, caught.value.nbytes >= 200_000) == (100_000, True)
         assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
 
     def test_results_by_reference_in_the_callers_process(self, executor: Executor) -> None:
@@ -255,7 +255,7 @@ class ValueContract(ContractBase):
         if not self.remote():
             return
         for mean, made in executor.collective_rpc(mean_and_make, args=(Maker(),), ranks=self.remote()):
-            assert (7.0, 7.0) == (mean, float(made[0].mean()))
+            assert (mean, float(made[0].mean())) == (7.0, 7.0)
 
     def test_none_is_a_value(self, executor: Executor) -> None:
         """None comes back as None, one for each rank."""

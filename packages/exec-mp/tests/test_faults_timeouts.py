@@ -1,0 +1,224 @@
+"""Calls that take too long: who is where, what becomes of late replies, and what health says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exec_core as ec
+from exec_core.testing import Gate, eventually, faults, workers
+
+Launch = Callable[..., ec.Executor]
+
+
+def logged(text: str, event: str) -> list[dict[str, Any]]:
+    """The JSON lines of a log that are about ``event``."""
+    records = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return [record for record in records if record["event"] == event]
+
+
+def test_late_reply_is_dropped(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A call times out while rank 1 waits; the next one gets its own answer; the late reply is logged once."""
+    executor, gate = launch(2, log={"level": "warning"}), Gate(tmp_path)
+    with pytest.raises(ec.RpcTimeoutError) as caught:
+        executor.collective_rpc(workers.wait_at, 0.3, args=(gate, 1))
+    with pytest.raises(ec.RpcTimeoutError, match=r"rank 1 \(pid \d+\) has been in 'wait_at'"):
+        executor.check_health()
+    second = executor.collective_rpc("where", args=("second",), non_block=True)
+    gate.open()
+
+    assert [(0, "second"), (1, "second")] == second.result(30)
+    assert [(0, "third"), (1, "third")] == executor.collective_rpc("where", args=("third",))
+    executor.check_health()
+    assert ("wait_at", 0.3, (0,), (1,)) == (
+        caught.value.method,
+        caught.value.timeout_s,
+        caught.value.answered_ranks,
+        caught.value.pending_ranks,
+    )
+    assert "eventually(lambda: os.path.exists" in caught.value.stacks[1]  # the line that it waits in
+    assert caught.value.stacks[1].rstrip() in str(caught.value)
+    (late,) = logged(capfd.readouterr().err, "late reply dropped")
+    assert ("wait_at", 1) == (late["method"], late["from_rank"])
+
+
+def test_late_error_is_dropped(launch: Launch, tmp_path: Path) -> None:
+    """An error that comes too late is nobody's: the next call gets its own answer."""
+    executor, gate = launch(2), Gate(tmp_path)
+
+    def wait_and_fail(worker: Any) -> None:
+        gate.wait(worker.context.rank)
+        raise ValueError("too late")
+
+    with pytest.raises(ec.RpcTimeoutError):
+        executor.collective_rpc(wait_and_fail, 0.2)
+    gate.open()
+
+    assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+def test_next_call_waits_within_its_own_deadline(launch: Launch, tmp_path: Path) -> None:
+    """A call behind one that has timed out has a deadline of its own, and says who has not answered it."""
+    executor, gate = launch(2), Gate(tmp_path)
+    for _ in range(3):
+        with pytest.raises(ec.RpcTimeoutError) as caught:
+            executor.collective_rpc(workers.wait_at, 0.2, args=(gate, 1))
+    with pytest.raises(ec.RpcTimeoutError) as behind:
+        executor.collective_rpc("where", 0.2)
+    gate.open()
+
+    assert ((0,), (1,)) == (caught.value.answered_ranks, caught.value.pending_ranks)
+    assert ("where", (0,), (1,)) == (behind.value.method, behind.value.answered_ranks, behind.value.pending_ranks)
+    assert "sync.py" in behind.value.stacks[1]  # where it is, which is in another call
+    assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+def test_time_out_of_a_future_has_stacks(launch: Launch, tmp_path: Path) -> None:
+    """A future that nobody waits on times out by itself, with the stacks of all pending ranks."""
+    executor, gate = launch(3), Gate(tmp_path)
+    future = executor.collective_rpc(workers.wait_at, 0.2, args=(gate,), non_block=True)
+    eventually(future.done)
+    gate.open()
+
+    error = future.exception()
+    assert isinstance(error, ec.RpcTimeoutError)
+    assert [0, 1, 2] == list(error.stacks)
+    assert all("gate.wait" in stack for stack in error.stacks.values())
+
+
+def test_stacks_of_ranks_in_a_collective(launch: Launch) -> None:
+    """A rank that is missing in a collective, and those that wait for it there, are each shown at their line."""
+    executor = launch(2, gloo=True, rpc={"shutdown_timeout_s": 0.2})
+    with pytest.raises(ec.RpcTimeoutError) as caught:
+        executor.collective_rpc(faults.collective_without, 0.5, args=(1,))
+
+    assert "dist.all_reduce(torch.ones(4))" in caught.value.stacks[0]
+    assert "time.sleep(FOREVER_S)" in caught.value.stacks[1]
+
+
+def test_stack_of_a_rank_that_holds_the_interpreter(launch: Launch) -> None:
+    """A rank that is in C code with the interpreter's lock held is shown at its line, and finishes undisturbed."""
+    executor = launch(2)
+    with pytest.raises(ec.RpcTimeoutError) as caught:
+        executor.collective_rpc(faults.hold_gil, 0.2, args=(1.5, 1))
+
+    assert "libc.pthread_mutex_timedlock(" in caught.value.stacks[1]
+    assert "C code there holds the interpreter" in caught.value.stacks[1]
+    assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+def test_stopped_rank_is_called_stopped(launch: Launch) -> None:
+    """A process that has been stopped by a signal is said to be, and goes on when it is continued."""
+    executor = launch(2)
+    pid = executor.workers[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ec.RpcTimeoutError) as caught:
+            executor.collective_rpc("where", 0.3)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    assert ((0,), (1,)) == (caught.value.answered_ranks, caught.value.pending_ranks)
+    assert "the process is stopped" in caught.value.stacks[1]
+    assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+def test_stacks_again_and_again(launch: Launch, tmp_path: Path) -> None:
+    """Each report is of its own time-out: nothing of an earlier one is in it."""
+    executor, gate = launch(1), Gate(tmp_path)
+
+    def stay(worker: Any, name: str) -> None:
+        exec(compile(f"def {name}():\n gate.wait(0)", name, "exec"), space := {"gate": gate})  # noqa: S102
+        space[name]()
+
+    reports = []
+    for number in range(10):
+        gate = Gate(tmp_path / str(number))
+        Path(gate.directory).mkdir()
+        with pytest.raises(ec.RpcTimeoutError) as caught:
+            executor.collective_rpc(stay, 0.05, args=(f"frame_{number}",))
+        reports.append(caught.value.stacks[0])
+        gate.open()
+        executor.collective_rpc("where")
+
+    assert [[f"frame_{n}" in report for n in range(10)] for report in reports] == [
+        [n == number for n in range(10)] for number in range(10)
+    ]
+
+
+def test_health_names_a_rank_that_is_stuck(launch: Launch, tmp_path: Path) -> None:
+    """Health is bad once a rank is in one call for longer than allowed, and says who, where and for how long."""
+    executor, gate = launch(2, rpc={"stuck_after_s": 0.2}), Gate(tmp_path)
+    executor.check_health()
+    future = executor.collective_rpc(workers.wait_at, args=(gate, 1), non_block=True)
+    executor.check_health()
+
+    def health() -> ec.RpcTimeoutError | None:
+        try:
+            executor.check_health()
+        except ec.RpcTimeoutError as error:
+            return error
+        return None
+
+    error = eventually(health)
+    assert error is not None
+    gate.open()
+    assert [0, 1] == future.result(30)
+    executor.check_health()
+    assert ("wait_at", (0,), (1,)) == (error.method, error.answered_ranks, error.pending_ranks)
+    assert f"rank 1 (pid {executor.workers[1].pid}) has been in 'wait_at' for 0." in str(error)
+
+
+def test_health_does_not_queue_behind_work(launch: Launch, tmp_path: Path) -> None:
+    """Health is told at once while all ranks are busy."""
+    executor, gate = launch(2), Gate(tmp_path)
+    future = executor.collective_rpc(workers.wait_at, args=(gate,), non_block=True)
+    gate.entered([0, 1])
+    began = time.monotonic()
+    for _ in range(100):
+        executor.check_health()
+    took = time.monotonic() - began
+    gate.open()
+
+    assert [0, 1] == future.result(30)
+    assert took < 1.0  # of 100: the ranks stay for as long as the gate is closed
+
+
+def test_progress_keeps_a_slow_start_alive(launch: Launch) -> None:
+    """The limit for starting counts from the last progress that a rank has reported."""
+
+    class Slow(workers.EchoWorker):
+        def load_model(self) -> None:
+            for step in range(10):
+                time.sleep(0.2)
+                self.context.report_progress(step, 10, "tensors")
+
+    executor = launch(1, Slow, rpc={"startup_timeout_s": 1.0})
+
+    assert [(0, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+def test_start_without_progress_times_out(launch: Launch) -> None:
+    """A rank that reports the same place again and again makes no progress, and the error says where that is."""
+
+    class Stuck(workers.EchoWorker):
+        def load_model(self) -> None:
+            while self.context.rank == 1:
+                time.sleep(0.1)
+                self.context.report_progress(3, 10, "tensors")
+
+    began = time.monotonic()
+    with pytest.raises(ec.WorkerStartupError) as caught:
+        launch(2, Stuck, rpc={"startup_timeout_s": 1.0})
+
+    assert time.monotonic() - began < 20
+    assert (1, "load_model") == (caught.value.rank, caught.value.phase)
+    assert "no progress for 1 s (RpcConfig.startup_timeout_s); the last was rank 1: 3 of 10 tensors" in str(caught.value)
+    assert "self.context.report_progress(3, 10" in str(caught.value) or "time.sleep(0.1)" in str(caught.value)
