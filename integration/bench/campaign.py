@@ -7,15 +7,15 @@ that cost something while they wait are started anew in each round, after the ot
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.environments import python_for
 from bench.peer import AbsentError
-from bench.peers import ALL_N, PeerSpec
-from bench.plan import CASES, QUICK_N, Case, quick
+from bench.peers import OURS, PeerSpec
+from bench.plan import CASES, GROWTH_N, Case, quick
 from bench.process import PeerProcess, run_own
 from bench.results import Results
 
@@ -140,29 +140,28 @@ class Campaign:
             peer.settle()
 
     def _run_own(self, number: int) -> None:
-        settings, runs = self._settings, []
-        most = 2 if settings.quick else 8
-        if "import" in settings.groups:
-            runs.append(("import_exec_core", "exec-core", 1, ["bench.startup", "import-exec-core"]))
-        if "start" in settings.groups:
-            runs.append(("import_torch", "torch", 1, ["bench.startup", "import-torch"]))
-            kinds = ("exec-mp",) if settings.quick else ("exec-mp", "exec-mp-spawn", "mp-spawn")
-            for n in (most,) if settings.quick else ALL_N:
-                runs += [("start", kind, n, ["bench.startup", kind, str(n)]) for kind in kinds]
-        if "uniproc" in settings.groups:
-            count = 1000 if settings.quick else 20_000
-            runs.append(("uniproc", "exec-uniproc", 1, ["bench.upkeep", "uniproc", str(count)]))
-        if "growth" in settings.groups and number == 0:
-            for name, count in (("calls", settings.calls), ("tensors", settings.tensors)):
-                runs.append(
-                    (f"growth_{name}", "exec-mp", QUICK_N[-1], ["bench.upkeep", name, str(count), str(QUICK_N[-1])])
-                )
-        for case, peer, n, arguments in runs:
-            _say(f"{' '.join(arguments)}, round {number + 1} of {settings.rounds}")
+        for case, peer, n, arguments in _own_runs(self._settings, number):
+            _say(f"{' '.join(arguments)}, round {number + 1} of {self._settings.rounds}")
             try:
                 self._results.add(case, peer, n, number, run_own(arguments, _OWN_S, self._log(case)))
             except AbsentError as absent:
                 self._results.miss(peer, case, n, str(absent))
+
+
+def _own_runs(settings: Settings, number: int) -> Iterator[tuple[str, str, int, list[str]]]:
+    """Our own programs of one round: case, peer, N, and what to run."""
+    if "import" in settings.groups:
+        yield "import_exec_core", "exec-core", 1, ["bench.startup", "import-exec-core"]
+    if "start" in settings.groups:
+        yield "import_torch", "torch", 1, ["bench.startup", "import-torch"]
+        for n in settings.ns[-1:] if settings.quick else settings.ns:
+            for kind in (OURS,) if settings.quick else (OURS, "exec-mp-spawn", "mp-spawn"):
+                yield "start", kind, n, ["bench.startup", kind, str(n)]
+    if "uniproc" in settings.groups:
+        yield "uniproc", "exec-uniproc", 1, ["bench.upkeep", "uniproc", "1000" if settings.quick else "20000"]
+    if "growth" in settings.groups and number == 0:
+        for name, count in (("calls", settings.calls), ("tensors", settings.tensors)):
+            yield f"growth_{name}", OURS, GROWTH_N, ["bench.upkeep", name, str(count), str(GROWTH_N)]
 
 
 def _leave(peers: Iterable[PeerProcess]) -> None:

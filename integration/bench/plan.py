@@ -10,6 +10,7 @@ from bench.peers import ALL_N
 
 KIB, MIB = 1 << 10, 1 << 20
 QUICK_N = (1, 2)
+GROWTH_N = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Case:
 
 
 def _send(name: str, group: str, title: str, nbytes: int, **changes: Any) -> Case:
-    params = {"kind": "tensor", "nbytes": nbytes, "one_reply": False, "calls": 200, "limit_s": 1.0}
+    params = {"kind": "tensor", "nbytes": nbytes, "one_reply": False, "calls": 200, "limit_s": 0.7}
     case = Case(name, group, title, "send", {**params, **changes.pop("params", {})})
     return replace(case, **changes)
 
@@ -70,9 +71,9 @@ CASES = (
     _send("tensor_2m", "tensors", "tensor of 2 MiB to all, all acknowledge", 2 * MIB),
     Case(
         "result_2m", "results", "tensor of 2 MiB back from each",
-        "fetch", {"nbytes": 2 * MIB, "calls": 200, "limit_s": 1.0},
+        "fetch", {"nbytes": 2 * MIB, "calls": 200, "limit_s": 0.7},
     ),
-    _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 400),
+    _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 300),
     Case(
         "in_flight", "in-flight", "no-ops with 32 in flight",
         "in_flight", {"calls": 20_000, "window": 32, "limit_s": 1.0}, ("calls_per_s",),

@@ -24,6 +24,7 @@ from bench import procfs, work
 from bench.peers.exec_mp_peer import config
 
 _BATCH = 500
+_SETTLE_S = 0.2
 _LARGEST = 8 << 20
 _ECHO_EVERY = 10  # every so many tensors come back as well
 
@@ -52,7 +53,7 @@ def _batch_us(call: Callable[[], object]) -> float:
 def calls(count: int, n: int) -> dict[str, float]:
     """No-ops, one after the other."""
     with exec_core.create_executor(config(n)) as executor:
-        return _growth(count, lambda _: executor.collective_rpc("noop") == [None] * n)
+        return _growth(count, lambda _: executor.collective_rpc("noop") == [None] * n, executor)
 
 
 def tensors(count: int, n: int) -> dict[str, float]:
@@ -62,24 +63,24 @@ def tensors(count: int, n: int) -> dict[str, float]:
     with exec_core.create_executor(config(n)) as executor:
 
         def one(index: int) -> bool:
-            nbytes = int(math.exp(chance.uniform(0, math.log(_LARGEST)))) - 1
-            start = chance.randrange(_LARGEST - nbytes)
+            nbytes = int(math.exp(chance.uniform(0, math.log(_LARGEST)))) - 1 if index >= _ECHO_EVERY else _LARGEST
+            start = chance.randrange(_LARGEST - nbytes + 1)
             sent = source[start : start + nbytes]
             expected = [work.checksum(sent)] * n
             right: bool = executor.collective_rpc("checksum", args=(sent,)) == expected
-            if index % _ECHO_EVERY == 0:
+            if index % _ECHO_EVERY == 0 or index < _ECHO_EVERY:
                 right &= [work.checksum(back) for back in executor.collective_rpc("echo", args=(sent,))] == expected
             return right
 
-        return _growth(count, one)
+        return _growth(count, one, executor)
 
 
-def _growth(count: int, one: Callable[[int], bool]) -> dict[str, float]:
+def _growth(count: int, one: Callable[[int], bool], executor: exec_core.Executor) -> dict[str, float]:
     warm_up = count // 10
     wrong = sum(not one(index) for index in range(warm_up))
-    before, began = _held(), time.perf_counter()
+    before, began = _held(executor), time.perf_counter()
     wrong += sum(not one(index) for index in range(warm_up, count))
-    seconds, after = time.perf_counter() - began, _held()
+    seconds, after = time.perf_counter() - began, _held(executor)
     return {
         "calls": count,
         "wrong": wrong,
@@ -92,8 +93,11 @@ def _growth(count: int, one: Callable[[int], bool]) -> dict[str, float]:
     }
 
 
-def _held() -> procfs.Held:
+def _held(executor: exec_core.Executor) -> procfs.Held:
+    """After a last call has had the workers let go of what they were sent before."""
     gc.collect()
+    executor.collective_rpc("noop")
+    time.sleep(_SETTLE_S)
     return procfs.held(procfs.tree(os.getpid()))
 
 

@@ -95,7 +95,7 @@ class Host:
 
 
 def ip(*arguments: str) -> None:
-    """Runs ip(8)."""
+    """Runs the ip program."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.fail(
@@ -139,7 +139,7 @@ def test_two_hosts(
 
 
 def launch(host: Host, meeting_point: Host, environment: Mapping[str, str], arguments: Sequence[str]) -> Any:
-    """torchrun on one host; the hosts find each other by its c10d rendezvous."""
+    """Torchrun on one host; the hosts find each other by its c10d rendezvous."""
     torchrun = [
         *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "2", "--local-addr", host.address,
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting_point.address}:29400", "--rdzv-id", "two-hosts",

@@ -73,8 +73,18 @@ BAD: list[tuple[type[Any], str, Any, str]] = [
     (ExecutorConfig, "backend", "", "must be a name or a class"),
     (ExecutorConfig, "backend", None, "must be a name or a class"),
     (ExecutorConfig, "worker_env", {"A": 1}, "must be a mapping of strings to strings, or a tuple with one per rank"),
-    (ExecutorConfig, "worker_env", {"A=B": "1"}, "must be a mapping of strings to strings, or a tuple with one per rank"),
-    (ExecutorConfig, "worker_env", {"A": "\0"}, "must be a mapping of strings to strings, or a tuple with one per rank"),
+    (
+        ExecutorConfig,
+        "worker_env",
+        {"A=B": "1"},
+        "must be a mapping of strings to strings, or a tuple with one per rank",
+    ),
+    (
+        ExecutorConfig,
+        "worker_env",
+        {"A": "\0"},
+        "must be a mapping of strings to strings, or a tuple with one per rank",
+    ),
     (ExecutorConfig, "output_rank", -1, "must be None or an integer >= 0"),
     (ExecutorConfig, "parallel", {"tensor_parallel_size": 2}, "must be a ParallelConfig"),
     (ExecutorConfig, "device", "cpu", "must be a DeviceConfig"),
@@ -116,7 +126,9 @@ def test_every_field_has_a_rule() -> None:
 )
 def test_every_timeout_may_be_none(field: str) -> None:
     """No limit is spelled None, for every time-out."""
-    assert getattr(RpcConfig(**{field: None}), field) is None
+    values: dict[str, Any] = {field: None}
+
+    assert getattr(RpcConfig(**values), field) is None
 
 
 def test_defaults_are_valid() -> None:

@@ -19,7 +19,9 @@ class ThirdPartyExecutor(Executor):
     def _launch(self, deadline: float) -> InProcessGroup:
         if self.config.parallel.data_parallel_size != 1:
             size = self.config.parallel.data_parallel_size
-            raise ConfigError("ParallelConfig.data_parallel_size", "must be 1 with this backend", size, "use backend 'mp'")
+            raise ConfigError(
+                "ParallelConfig.data_parallel_size", "must be 1 with this backend", size, "use backend 'mp'"
+            )
         root = os.path.join(tempfile.gettempdir(), f"third-party-{os.getpid()}-{self.generation}")
         init = WorkerInit(
             config=self.config,

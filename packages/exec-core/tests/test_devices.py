@@ -82,7 +82,9 @@ def test_too_few_devices_for_tensor_parallelism() -> None:
 
     error = caught.value
     assert (4, 1, "CUDA_VISIBLE_DEVICES=3") == (error.requested, error.found, error.hidden_by)
-    assert str(error).startswith("tensor_parallel_size=4 needs as many CUDA devices on this machine: 4 requested, 1 found")
+    assert str(error).startswith(
+        "tensor_parallel_size=4 needs as many CUDA devices on this machine: 4 requested, 1 found"
+    )
     assert "CUDA_VISIBLE_DEVICES=3 hides the others" in str(error)
     assert "device='cpu'" in str(error)
 

@@ -40,7 +40,11 @@ ERRORS: list[tuple[ExecutorError, list[str], tuple[type[Any], ...]]] = [
         ["tensor_parallel_size=4", "4 requested", "1 found", "CUDA_VISIBLE_DEVICES=0 hides", "make more visible"],
         (),
     ),
-    (SerializationError("args[0]", "a lock", "send less"), ["args[0]", "a lock", "send less"], (TypeError, pickle.PicklingError)),
+    (
+        SerializationError("args[0]", "a lock", "send less"),
+        ["args[0]", "a lock", "send less"],
+        (TypeError, pickle.PicklingError),
+    ),
     (MessageTooLargeError("'load'", 300, 200, "send less"), ["'load'", "300", "200", "send less"], (ValueError,)),
     (ExecutorBusyError("load", "no room", 3, 4, "wait"), ["'load'", "no room", "3 of 4", "wait"], ()),
     (ExecutorClosedError("the executor is closed", "load"), ["'load'", "closed"], ()),
@@ -73,7 +77,9 @@ ERRORS: list[tuple[ExecutorError, list[str], tuple[type[Any], ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "parts", "bases"), ERRORS, ids=lambda v: type(v).__name__ if isinstance(v, Exception) else "")
+@pytest.mark.parametrize(
+    ("error", "parts", "bases"), ERRORS, ids=lambda v: type(v).__name__ if isinstance(v, Exception) else ""
+)
 class TestEach:
     """What holds for each class."""
 
@@ -93,7 +99,9 @@ class TestEach:
 
     def test_builtin_bases(self, error: ExecutorError, parts: list[str], bases: tuple[type[Any], ...]) -> None:
         """Each class is also the builtin error that a caller would expect."""
-        assert [ExecutorError, *bases] == [base for base in (ExecutorError, *bases) if isinstance(error, base)]
+        expected: list[type[Any]] = [ExecutorError, *bases]
+
+        assert expected == [base for base in expected if isinstance(error, base)]
 
 
 def test_every_class_is_tested_and_exported() -> None:

@@ -194,14 +194,18 @@ def test_call_by_name_without_arguments_is_empty() -> None:
     name, encoded = messages.encode_call(Request("load"))
 
     assert ("load", 0) == (name, encoded.nbytes)
-    assert Request("load", wants_value=False) == messages.decode_call(name, body(encoded), encoded.format, wants_value=False)
+    assert Request("load", wants_value=False) == messages.decode_call(
+        name, body(encoded), encoded.format, wants_value=False
+    )
 
 
 def test_call_by_name() -> None:
     """Arguments of both kinds arrive."""
     name, encoded = messages.encode_call(Request("load", (1,), {"k": 2}))
 
-    assert Request("load", (1,), {"k": 2}) == messages.decode_call(name, body(encoded), encoded.format, wants_value=True)
+    assert Request("load", (1,), {"k": 2}) == messages.decode_call(
+        name, body(encoded), encoded.format, wants_value=True
+    )
 
 
 def test_callable_travels_in_the_body() -> None:

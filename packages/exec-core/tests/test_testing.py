@@ -137,4 +137,4 @@ def test_workers_do_not_import_pytest() -> None:
 def test_unknown_name() -> None:
     """A name that the package does not have is an AttributeError."""
     with pytest.raises(AttributeError, match="no attribute 'Contract'"):
-        exec_core.testing.Contract  # type: ignore[attr-defined] # noqa: B018 # that is the point
+        exec_core.testing.Contract  # noqa: B018 # that is the point

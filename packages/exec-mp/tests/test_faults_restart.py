@@ -40,13 +40,14 @@ def test_ten_restarts(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None
         executor.collective_rpc(lambda worker: worker.context.log.info("in the worker"))
 
     assert 20 == len(pids)
-    eventually(lambda: True)
     executor.shutdown()
     records = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     ready = [record["generation"] for record in records if record["event"] == "executor ready"]
     assert list(range(11)) == ready
     inside = [(record["rank"], record["generation"]) for record in records if record["event"] == "in the worker"]
-    assert [(rank, generation) for generation in range(1, 11) for rank in (0, 1)] == sorted(inside, key=lambda i: i[::-1])
+    assert [(rank, generation) for generation in range(1, 11) for rank in (0, 1)] == sorted(
+        inside, key=lambda i: i[::-1]
+    )
 
 
 def test_call_in_flight_is_not_repeated(launch: Launch, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_stacks_again_and_again(launch: Launch, tmp_path: Path) -> None:
     executor, gate = launch(1), Gate(tmp_path)
 
     def stay(worker: Any, name: str) -> None:
-        exec(compile(f"def {name}():\n gate.wait(0)", name, "exec"), space := {"gate": gate})  # noqa: S102
+        exec(compile(f"def {name}():\n gate.wait(0)", name, "exec"), space := dict[str, Any](gate=gate))  # noqa: S102
         space[name]()
 
     reports = []
@@ -220,5 +220,7 @@ def test_start_without_progress_times_out(launch: Launch) -> None:
 
     assert time.monotonic() - began < 20
     assert (1, "load_model") == (caught.value.rank, caught.value.phase)
-    assert "no progress for 1 s (RpcConfig.startup_timeout_s); the last was rank 1: 3 of 10 tensors" in str(caught.value)
+    assert "no progress for 1 s (RpcConfig.startup_timeout_s); the last was rank 1: 3 of 10 tensors" in str(
+        caught.value
+    )
     assert "self.context.report_progress(3, 10" in str(caught.value) or "time.sleep(0.1)" in str(caught.value)

@@ -58,7 +58,13 @@ def run_job(
     temporary.mkdir(parents=True, exist_ok=True)
     # What torchrun or a coverage run of ours sets for its own processes is not for these.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
-    environ = {**inherited, "OMP_NUM_THREADS": "1", "RECORDS": os.fspath(directory), "TMPDIR": os.fspath(temporary), **(env or {})}
+    environ = {
+        **inherited,
+        "OMP_NUM_THREADS": "1",
+        "RECORDS": os.fspath(directory),
+        "TMPDIR": os.fspath(temporary),
+        **(env or {}),
+    }
     with subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:

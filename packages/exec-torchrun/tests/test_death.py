@@ -37,8 +37,10 @@ def test_the_others_raise_and_name_the_dead_rank(tmp_path: Path, victim: int, wh
                 subprocess.Popen(
                     [sys.executable, PROGRAM, str(victim), where],
                     env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                )  # fmt: skip
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
             )
             for rank in range(3)
         ]

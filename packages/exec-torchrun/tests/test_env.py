@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from exec_core import ConfigError, ParallelConfig
 from exec_torchrun._env import LauncherEnv, read_env
 

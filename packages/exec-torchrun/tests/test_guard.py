@@ -139,8 +139,9 @@ def test_an_error_frees_ranks_that_wait_in_a_collective(job: Any) -> None:
     """One rank raises before a collective: the others come out of it soon, with that error, and the executor is FAILED."""
     for outcome in job.of_all("stuck"):
         assert ("KeyError", "('layer', 2)") == (outcome["type"], outcome["text"])
-        assert "ranks [0, 1, 3] did not come out of the call: the process groups were given up, call restart()" in (
-            outcome["notes"][1]
+        assert (
+            "ranks [0, 1, 3] did not come out of the call: the process groups were given up, call restart()"
+            in (outcome["notes"][1])
         )
         assert outcome["seconds"] < 3.0
     assert ["failed"] * 4 == job.of_all("state_after_stuck")

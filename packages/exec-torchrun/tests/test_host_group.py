@@ -44,8 +44,9 @@ def test_a_group_of_another_size_is_an_error(job: Any) -> None:
     """A program's group that is not the world of the environment is one clear error on every rank."""
     for rank, outcome in enumerate(job.of_all("other_world")):
         assert "ConfigError" == outcome["type"]
-        assert f"the default process group must be rank {rank} of 2, as the environment says, got 'rank 0 of 1'" in (
-            outcome["text"]
+        assert (
+            f"the default process group must be rank {rank} of 2, as the environment says, got 'rank 0 of 1'"
+            in (outcome["text"])
         )
 
 
@@ -54,14 +55,18 @@ def test_too_few_devices_are_an_error_on_every_rank(job: Any, name: str) -> None
     """A LOCAL_RANK beyond the devices is every rank's `DeviceError`, also where one rank alone can know."""
     for outcome in job.of_all(name):
         assert ("DeviceError", 2, 1) == (outcome["type"], outcome["requested"], outcome["found"])
-        assert "tensor_parallel_size=2 needs as many CUDA devices on this machine: 2 requested, 1 found" in outcome["text"]
+        assert (
+            "tensor_parallel_size=2 needs as many CUDA devices on this machine: 2 requested, 1 found" in outcome["text"]
+        )
 
 
 def test_a_world_size_that_is_not_dp_x_tp_x_pp_is_an_error(job: Any) -> None:
     """WORLD_SIZE that does not fit the parallel sizes: one clear error on every rank, with the command line."""
     for outcome in job.of_all("other_world_size"):
         assert "ConfigError" == outcome["type"]
-        assert "WORLD_SIZE must be 2 (data parallel) x 2 (tensor parallel) x 1 (pipeline parallel) = 4" in outcome["text"]
+        assert (
+            "WORLD_SIZE must be 2 (data parallel) x 2 (tensor parallel) x 1 (pipeline parallel) = 4" in outcome["text"]
+        )
         assert "torchrun --nproc-per-node 4 host_group.py" in outcome["text"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from exec_torchrun._frames import Frame, Kind
 from exec_torchrun._rounds import DESCRIBE_S, Outgoing, Rounds
 
@@ -21,7 +22,12 @@ class Hub(Rounds):
         out: Outgoing = []
         for rank in ranks:
             word = Frame(
-                Kind.BEGIN, self.turn if turn is None else turn, ((rank, call.encode()),), call.encode().ljust(16), 4.0, limit_s
+                Kind.BEGIN,
+                self.turn if turn is None else turn,
+                ((rank, call.encode()),),
+                call.encode().ljust(16),
+                4.0,
+                limit_s,
             )
             out = self.arrive(rank, word, self.now)
         return out

@@ -241,7 +241,7 @@ class BaseExecutor(abc.ABC):
     def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:  # noqa: B027 # likewise
         """For subclasses: raises when ``ranks`` cannot take ``method`` now."""
 
-    def register_failure_callback(self, callback: Callable[[BaseException], None]) -> None:
+    def register_failure_callback(self, callback: Callable[[BaseException], object]) -> None:
         """``callback(error)`` runs once for a failure, on a thread of its own, after all pending calls have failed.
 
         At once when the executor has failed already. It may call `shutdown` or `restart`.

@@ -149,11 +149,11 @@ def join(world: World) -> Membership:
             _users += ours
             made = (groups.tp.cpu_group, groups.pp.cpu_group, groups.dp.cpu_group)  # or WORLD, where they are the world
             return Membership(groups, [group for group in made if group is not dist.group.WORLD], counted=ours)
-        _init_default(world)
         try:
+            _init_default(world)
             groups = _split(world)
         except BaseException:
-            dist.destroy_process_group()
+            _forget_default()
             raise
         _users = 1
         return Membership(groups, [], counted=True)
@@ -194,6 +194,20 @@ def _file_store(world: World) -> Any:
         time.sleep(_LOOK_EVERY_S)
         here = store.add("ranks here", 0)
     return store
+
+
+def _forget_default() -> None:
+    """Undoes a default group that was not finished.
+
+    Torch numbers groups, counts one that failed, and starts anew when a default group is destroyed. Ranks that count
+    differently never meet: so one that can always be made is made and destroyed.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        with _excepthook_kept():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined] # public
+    dist.destroy_process_group()
 
 
 def _tcp_store(world: World) -> Any:

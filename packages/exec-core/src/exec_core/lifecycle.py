@@ -33,7 +33,7 @@ _MOVES = {
     State.CLOSED: set[State](),
 }
 
-FailureCallback = Callable[[BaseException], None]
+FailureCallback = Callable[[BaseException], object]
 
 
 class Lifecycle:

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)  # loaded here: a child should not have to
 
-FIRST_FD = 3  # a worker finds its descriptors here, in order, after stdin, stdout and stderr; the boot record is the first
+FIRST_FD = (
+    3  # a worker finds its descriptors here, in order, after stdin, stdout and stderr; the boot record is the first
+)
 
 
 class Boot(NamedTuple):

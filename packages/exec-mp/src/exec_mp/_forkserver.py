@@ -167,7 +167,11 @@ class _Server:
 
     def _fork(self, session: _Session, asked: Fork, fds: Sequence[int]) -> None:
         if len(fds) != asked.descriptors:
-            session.tell(Refused(f"{len(fds)} of {asked.descriptors} descriptors arrived: raise the limit on open files (ulimit -n)"))
+            session.tell(
+                Refused(
+                    f"{len(fds)} of {asked.descriptors} descriptors arrived: raise the limit on open files (ulimit -n)"
+                )
+            )
             return
         if not asked.execs and (threads := _threads()) > 1:
             session.tell(Refused(

@@ -153,7 +153,9 @@ class Session:
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise WorkerStartupError(rank, "launch", f"timed out waiting for {what}", remedy="raise startup_timeout_s")
+                raise WorkerStartupError(
+                    rank, "launch", f"timed out waiting for {what}", remedy="raise startup_timeout_s"
+                )
             self._socket.settimeout(None if remaining == float("inf") else remaining)
             with contextlib.suppress(TimeoutError):
                 record, pidfd = self._receive()
@@ -294,7 +296,9 @@ def run_program(session: Session, program: str, env: dict[str, str], deadline: f
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             if not poll.poll(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) * 1e3):
-                raise WorkerStartupError(None, "launch", f"timed out waiting for {program!r}", pid, remedy="raise startup_timeout_s")
+                raise WorkerStartupError(
+                    None, "launch", f"timed out waiting for {program!r}", pid, remedy="raise startup_timeout_s"
+                )
         finally:
             os.close(pidfd)
         return output.read()

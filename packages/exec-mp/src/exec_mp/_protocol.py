@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 MAX_BYTES = 1 << 16  # of a record; whatever may be larger travels in a memfd
 MAX_FDS = 16
-STACK_SIGNAL = signal.SIGRTMAX - 3  # asks a worker for its stack, see `exec_mp._stacks`; by default it would end the process
+STACK_SIGNAL = (
+    signal.SIGRTMAX - 3
+)  # asks a worker for its stack, see `exec_mp._stacks`; by default it would end the process
 
 
 class Open(NamedTuple):

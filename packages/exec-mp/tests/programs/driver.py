@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 import exec_core as ec
 import exec_mp
@@ -49,7 +50,7 @@ def run(mode: str) -> None:
     pids = executor.collective_rpc(faults.pid_of)
     pids += executor.collective_rpc(faults.start_child)
     pids += executor.collective_rpc(faults.start_child, kwargs={"own_session": True})
-    method = {
+    method: dict[str, Any] = {
         "call": faults.nap,
         "gil": faults.hold_gil,
         "collective": faults.collectives_for_ever,

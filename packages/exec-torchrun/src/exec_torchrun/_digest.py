@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
+
 from exec_core.messages import method_name
 
 _SAMPLE_BYTES = 1 << 16  # larger arrays and tensors are compared by their beginning and end
@@ -129,7 +130,9 @@ def _memory(value: Any) -> bytes | None:
         data = memoryview(value.tobytes() if value.nbytes <= _SAMPLE_BYTES else value.reshape(-1)).cast("B")
     except (TypeError, ValueError, RuntimeError):  # sparse, of objects, without memory of its own: its type has to do
         return head
-    return head + (bytes(data) if len(data) <= _SAMPLE_BYTES else bytes(data[: _SAMPLE_BYTES // 2]) + data[-_SAMPLE_BYTES // 2 :])
+    return head + (
+        bytes(data) if len(data) <= _SAMPLE_BYTES else bytes(data[: _SAMPLE_BYTES // 2]) + data[-_SAMPLE_BYTES // 2 :]
+    )
 
 
 def _feed_object(update: Callable[[bytes], None], value: Any, depth: int) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 
 import attrs
+
 from exec_core.config import ParallelConfig
 from exec_core.errors import ConfigError
 

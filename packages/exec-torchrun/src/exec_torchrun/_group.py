@@ -14,7 +14,6 @@ from exec_core.execution_loop import ExecutionLoop
 from exec_core.executor import Executor
 from exec_core.inprocess import InProcessGroup
 from exec_core.messages import Reply
-
 from exec_torchrun._guard import GuardedWrapper, Outcome, Plan
 
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+
 from exec_core import messages
 from exec_core.calls import Call
 from exec_core.errors import RankDivergenceError, RpcTimeoutError, WorkerDiedError, WorkerError
 from exec_core.messages import Encoded, Failure, Reply, Request
 from exec_core.wrapper import WorkerWrapper, settle
-
 from exec_torchrun._digest import PerRank, describe_call, digest_call, own_value
 from exec_torchrun._frames import Frame, Kind, Part
 from exec_torchrun._link import Link
@@ -236,7 +236,9 @@ class GuardedWrapper(WorkerWrapper):
             limit = plan.timeout_s if plan.timeout_s is not None else self._barrier_s
             return Outcome(error=RpcTimeoutError(plan.name, limit, answered, ranks))
         pid = int(verdict.parts[0][1])
-        error = WorkerDiedError(ranks[0], pid or None, method=plan.name, why="its connection to the other ranks has ended")
+        error = WorkerDiedError(
+            ranks[0], pid or None, method=plan.name, why="its connection to the other ranks has ended"
+        )
         error.__cause__ = own
         self._give_up(error, own)
         return Outcome(error=error)
@@ -268,7 +270,9 @@ class GuardedWrapper(WorkerWrapper):
 
 def diverged(calls: dict[int, str], apart_s: float | None) -> RankDivergenceError:
     """The error that names the first differing call of each rank."""
-    late = "" if apart_s is None else f"; a rank that may be later than {apart_s:g} s needs another divergence_timeout_s"
+    late = (
+        "" if apart_s is None else f"; a rank that may be later than {apart_s:g} s needs another divergence_timeout_s"
+    )
     return RankDivergenceError(calls, f"every rank makes the same calls, with the same inputs, in the same order{late}")
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import attrs
-from exec_core.errors import WorkerStartupError
 
+from exec_core.errors import WorkerStartupError
 from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind, wait_readable
 from exec_torchrun._link import Hub, Link, Member
@@ -144,9 +144,7 @@ def _offer(token: str, store: Any) -> None:
     _stores[token] = store
 
 
-def _receive(
-    env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float
-) -> tuple[tuple[Report, ...], str]:
+def _receive(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float) -> tuple[tuple[Report, ...], str]:
     """Rank 0's part: waits for all others and tells each what all have said."""
     with contextlib.ExitStack() as stack:
         listener, address = _listen(env, stack)
@@ -186,9 +184,7 @@ def _checked(
     return reports, token
 
 
-def _gather(
-    env: LauncherEnv, listener: socket.socket, secret: bytes, deadline: float
-) -> dict[int, Connection]:
+def _gather(env: LauncherEnv, listener: socket.socket, secret: bytes, deadline: float) -> dict[int, Connection]:
     visitors, problem = _accept(listener, secret, range(1, env.replica_size), deadline)
     connections = {index: connection for index, (connection, _) in visitors.items()}
     if problem is not None:
@@ -208,7 +204,9 @@ def _listen(env: LauncherEnv, stack: contextlib.ExitStack) -> tuple[socket.socke
         hosts: tuple[str, ...] = ("127.0.0.1",)
     else:
         dual = socket.has_dualstack_ipv6()
-        listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+        listener = socket.create_server(
+            ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+        )
         own = _address_towards(env.master_addr, env.master_port)
         # Rank 0 is where MASTER_ADDR leads, by a name that all ranks can use, but not always: a restarted job may keep it.
         hosts = (env.master_addr, own) if env.rank == 0 else (own,)

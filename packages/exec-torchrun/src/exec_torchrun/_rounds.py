@@ -67,8 +67,7 @@ class Rounds:
             return []
         self._words[rank] = frame
         kind = frame.kind
-        if now + frame.limit_s < self._over:
-            self._over = now + frame.limit_s
+        self._over = min(self._over, now + frame.limit_s)
         if kind is Kind.BEGIN:
             self._last_call[rank] = frame.parts[0][1]
             # Where a rank is still inside a call, that keeps it away: then only the call's own time counts.

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
+
 from exec_core import devices, messages
 from exec_core.base import OnProgress
-from exec_core.config import ExecutorConfig
+from exec_core.config import CacheConfig, ExecutorConfig, ParallelConfig
 from exec_core.context import WorkerInit
 from exec_core.devices import Placement
-from exec_core.errors import DeviceError, ExecutorError
+from exec_core.errors import ExecutorError
 from exec_core.executor import Executor
-
 from exec_torchrun._env import LauncherEnv, read_env
 from exec_torchrun._group import SpmdGroup, SpmdLoop
 from exec_torchrun._guard import GuardedWrapper, Plan, diverged
@@ -189,14 +189,16 @@ def _described(config: ExecutorConfig, apart_s: float | None) -> str:
     """What must be the same on all ranks, in words."""
     worker = config.worker_cls
     name = worker if isinstance(worker, str) else getattr(worker, "__qualname__", type(worker).__qualname__)
-    sections = {"parallel": config.parallel, "cache": config.cache}
+    sections: dict[str, ParallelConfig | CacheConfig] = {"parallel": config.parallel, "cache": config.cache}
     changed = [
         f"{section}.{field.name}={getattr(values, field.name)!r}"
         for section, values in sections.items()
         for field in attrs.fields(type(values))
         if getattr(values, field.name) != field.default
     ]
-    return ", ".join([f"worker_cls={name}", *changed, f"output_rank={config.output_rank}", f"divergence_timeout_s={apart_s}"])
+    return ", ".join(
+        [f"worker_cls={name}", *changed, f"output_rank={config.output_rank}", f"divergence_timeout_s={apart_s}"]
+    )
 
 
 @atexit.register

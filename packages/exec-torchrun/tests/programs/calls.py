@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import exec_core as ec
 import torch.distributed as dist
 from common import RANK, config, record
+
+import exec_core as ec
 from exec_core.testing import workers
 from exec_torchrun import PerRank
 
@@ -81,4 +82,8 @@ started = time.monotonic()
 try:
     executor.shutdown()
 finally:
-    record(closing_s=time.monotonic() - started, state_after=executor.state.value, default_group_after=dist.is_initialized())
+    record(
+        closing_s=time.monotonic() - started,
+        state_after=executor.state.value,
+        default_group_after=dist.is_initialized(),
+    )

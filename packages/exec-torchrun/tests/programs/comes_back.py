@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-import exec_core as ec
 from common import config, record
+
+import exec_core as ec
 from exec_core.testing import workers
 
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

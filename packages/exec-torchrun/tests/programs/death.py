@@ -8,10 +8,11 @@ import sys
 import time
 from typing import Any
 
-import exec_core as ec
 import torch
 import torch.distributed as dist
-from common import RANK, config, outcome, record
+from common import config, outcome, record
+
+import exec_core as ec
 from exec_core.testing import workers
 
 victim, where = int(sys.argv[1]), sys.argv[2]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import exec_core as ec
 import torch
 import torch.distributed as dist
 from common import RANK, config, outcome, record
+
+import exec_core as ec
 from exec_core.testing import workers
 from exec_torchrun import ExecutorWithExternalLauncher
 
@@ -67,7 +68,9 @@ record(
     other_keyword=outcome(call, "where", kwargs={"x": torch.tensor([1.0, float(RANK == 2)])}),
     other_ranks=outcome(call, "where", ranks=[0, 1] if RANK < 3 else [0, 1, 2]),
     other_step=outcome(executor.execute_model, ("prompt", RANK == 3)),
-    nothing_ran=outcome(call, lambda worker: [entry for entry in worker.journal if entry not in ("init_device", "load_model")]),
+    nothing_ran=outcome(
+        call, lambda worker: [entry for entry in worker.journal if entry not in ("init_device", "load_model")]
+    ),
     equal_values=outcome(call, "where", args=({"a", "b", "c"} if RANK % 2 else set("cba"),)),
     equal_objects=outcome(call, "where", args=(ec.CacheConfig(block_size=8 * (1 + 1)),)),
 )
@@ -108,7 +111,9 @@ record(shutdown=outcome(executor.shutdown), state_after_shutdown=executor.state.
 with Impatient(config(GuardWorker, Impatient, tp=4)) as impatient:
     if RANK == 0:
         time.sleep(1.0)
-    record(hub_late=outcome(impatient.collective_rpc, "where"), after_hub_late=outcome(impatient.collective_rpc, "where"))
+    record(
+        hub_late=outcome(impatient.collective_rpc, "where"), after_hub_late=outcome(impatient.collective_rpc, "where")
+    )
 
     # An error while the others wait in a collective: they come out of it, and the executor can be restarted.
     heard: list[str] = []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import exec_core as ec
-import exec_torchrun.executor
 import torch
 import torch.distributed as dist
 from common import RANK, config, outcome, record
+
+import exec_core as ec
+import exec_torchrun.executor
 from exec_core.testing import workers
 
 

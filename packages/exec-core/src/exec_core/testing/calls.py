@@ -38,7 +38,9 @@ class CallContract(ContractBase):
 
     def test_signature_of_known_systems(self, executor: Executor) -> None:
         """``method, timeout, args, kwargs, non_block`` may be given by position, and the result is a list."""
-        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", 30.0, (1,), {}, False)  # by position is the point
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc(
+            "where", 30.0, (1,), {}, False
+        )  # by position is the point
 
     def test_callable_gets_the_worker_first(self, executor: Executor) -> None:
         """A callable runs on every rank with the worker as its first argument."""
@@ -66,7 +68,9 @@ class CallContract(ContractBase):
         executor.collective_rpc("note", args=("chosen",), ranks=[self.last()])
         after = executor.collective_rpc(lambda worker: len(worker.journal))
 
-        assert [int(rank == self.last()) for rank in self.world()] == [a - b for a, b in zip(after, before, strict=True)]
+        assert [int(rank == self.last()) for rank in self.world()] == [
+            a - b for a, b in zip(after, before, strict=True)
+        ]
 
     def test_reply_ranks_choose_whose_value(self, executor: Executor) -> None:
         """With ``reply_ranks`` all run it, and only those values come back."""
@@ -94,7 +98,8 @@ class CallContract(ContractBase):
     def test_bad_ranks_are_refused(self, executor: Executor, name: str, bad: list[Any]) -> None:
         """A rank that does not exist, or twice, is refused by name."""
         with pytest.raises(ConfigError, match=rf"{name} must be distinct ranks out of"):
-            executor.collective_rpc("where", **{name: bad})
+            call: Any = executor.collective_rpc
+            call("where", **{name: bad})
 
     def test_reply_ranks_are_among_ranks(self, executor: Executor) -> None:
         """A value cannot be asked of a rank that does not run the call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,9 @@ class EngineContract(ContractBase):
 
     def test_stopping_raises_what_a_rank_raised_in_the_loop(self, start: Start) -> None:
         """An error of a rank in the loop is raised by the step or by stopping, not lost, and the executor goes on."""
-        executor = start(workers.FailingWorker, worker_kwargs={"phase": "execute_model", "rank": self.last()}, device=GROUPS)
+        executor = start(
+            workers.FailingWorker, worker_kwargs={"phase": "execute_model", "rank": self.last()}, device=GROUPS
+        )
         executor.start_worker_execution_loop()
         with pytest.raises(ValueError, match="told to fail in execute_model"):
             executor.execute_model("r")
@@ -162,16 +165,13 @@ class EngineContract(ContractBase):
     def test_collectives(self, executor: Executor, group: str) -> None:
         """An all_reduce in each group adds up over exactly that group's ranks."""
         tp = self.parallel.tensor_parallel_size
-        members = {
-            "tp": lambda rank: [other for other in self.world() if other // tp == rank // tp],
-            "pp": lambda rank: [other for other in self.world() if other % tp == rank % tp],
-            "dp": lambda rank: [rank],
-            "world": lambda rank: self.world(),
-        }[group]
+        keys: dict[str, Callable[[int], int]] = {
+            "tp": lambda rank: rank // tp, "pp": lambda rank: rank % tp, "dp": lambda rank: rank, "world": lambda rank: 0,
+        }  # fmt: skip
+        of_group = keys[group]
+        sums = [float(sum(o for o in self.world() if of_group(o) == of_group(rank))) for rank in self.world()]
 
-        assert [float(sum(members(rank))) for rank in self.world()] == executor.collective_rpc(
-            workers.add_up_ranks, 30.0, args=(group,)
-        )
+        assert sums == executor.collective_rpc(workers.add_up_ranks, 30.0, args=(group,))
 
     def test_groups_know_their_ranks(self, executor: Executor) -> None:
         """Each group lists its global ranks and this worker's position among them."""

@@ -102,7 +102,9 @@ class FutureContract(ContractBase):
 
         assert logger.wait(30)
         assert [(rank, 3) for rank in self.world()] == executor.collective_rpc("where", 30.0, args=(3,))
-        assert [(rank, 4) for rank in self.world()] == executor.collective_rpc("where", args=(4,), non_block=True).result(30)
+        assert [(rank, 4) for rank in self.world()] == executor.collective_rpc(
+            "where", args=(4,), non_block=True
+        ).result(30)
 
     def test_future_in_asyncio(self, executor: Executor) -> None:
         """`asyncio.wrap_future` awaits it."""
@@ -155,8 +157,7 @@ class FutureContract(ContractBase):
 
         async def main() -> Any:
             held = asyncio.ensure_future(executor.collective_rpc_async(workers.wait_at, args=(gate,)))
-            while not await asyncio.to_thread(lambda: gate.entered(self.world()) is None):
-                pass
+            await asyncio.to_thread(gate.entered, self.world())
             gate.open()
             return await held
 
@@ -279,7 +280,9 @@ class FutureContract(ContractBase):
         assert (caught.value.method, caught.value.in_flight, caught.value.limit) == ("where", 2, 2)
         gate.open()
         assert [self.world()] * 2 == self.results(futures)
-        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,), non_block=True).result(30)
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc(
+            "where", args=(1,), non_block=True
+        ).result(30)
 
     def test_future_waits_for_room(self, start: Start, gate: Gate) -> None:
         """Within its time-out a future waits for room."""

@@ -52,7 +52,9 @@ class Snapshot:
 def snapshot(*, orphans: bool = True) -> Snapshot:
     """What exists now, see `Snapshot`. Looking for ``orphans`` reads the environment of every process of the machine."""
     return Snapshot(
-        processes=Counter(_like(_command(pid)) for pid in (descendants() | (_marked_processes() if orphans else set()))),
+        processes=Counter(
+            _like(_command(pid)) for pid in (descendants() | (_marked_processes() if orphans else set()))
+        ),
         descriptors=Counter(map(_like, _descriptors())),
         threads=Counter(thread.name for thread in threading.enumerate()),
         shared_memory=Counter(os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else ()),  # noqa: S108 # only listed

@@ -165,9 +165,10 @@ class StartContract(ContractBase):
         if not self.remote():
             opener = threading.Timer(0.1, gate.open)
             opener.start()
-            assert State.READY is start(
-                workers.HoldingWorker, worker_kwargs=kwargs, rpc=RpcConfig(startup_timeout_s=0.05)
-            ).state
+            assert (
+                State.READY
+                is start(workers.HoldingWorker, worker_kwargs=kwargs, rpc=RpcConfig(startup_timeout_s=0.05)).state
+            )
             opener.join()
             return
         if self.local_ranks:
@@ -228,7 +229,9 @@ class StartContract(ContractBase):
         future = executor.collective_rpc(lambda worker: worker.context.report_progress(1, 1, "x"), non_block=True)
 
         assert [None] * len(self.world()) == future.result(30)
-        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,), non_block=True).result(30)
+        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc(
+            "where", args=(1,), non_block=True
+        ).result(30)
 
     # Environment
 
@@ -301,7 +304,9 @@ class StartContract(ContractBase):
         )
 
     @pytest.mark.parametrize(
-        "device", [DeviceConfig(device="none"), DeviceConfig(device="cpu", distributed_backend="none")], ids=["device", "group"]
+        "device",
+        [DeviceConfig(device="none"), DeviceConfig(device="cpu", distributed_backend="none")],
+        ids=["device", "group"],
     )
     def test_worker_on_its_own(self, start: Start, device: DeviceConfig) -> None:
         """Without a device, or without a distributed backend, workers join no process group and everything else works."""
@@ -335,7 +340,9 @@ class StartContract(ContractBase):
             return
         with create_executor(self.make_config(worker_kwargs={"second": True})) as second:
             assert [{"second": True}] * len(self.world()) == second.collective_rpc(lambda worker: worker.worker_kwargs)
-            assert [{"shared": True}] * len(self.world()) == executor.collective_rpc(lambda worker: worker.worker_kwargs)
+            assert [{"shared": True}] * len(self.world()) == executor.collective_rpc(
+                lambda worker: worker.worker_kwargs
+            )
         assert [float(sum(self.world()))] * len(self.world()) == executor.collective_rpc(
             workers.add_up_ranks, args=("world",)
         )

@@ -76,7 +76,9 @@ class ValueContract(ContractBase):
         for arrived in executor.collective_rpc(back, args=(tensor,)):
             assert (tensor.dtype, tensor.shape) == (arrived.dtype, arrived.shape)
             plain, there = (t.to_dense() if t.is_sparse else t for t in (tensor, arrived))
-            assert torch.equal(plain.float() if "float8" in name else plain, there.float() if "float8" in name else there)
+            assert torch.equal(
+                plain.float() if "float8" in name else plain, there.float() if "float8" in name else there
+            )
 
     @pytest.mark.parametrize("name", ARRAYS)
     def test_array_goes_there_and_back(self, executor: Executor, name: str) -> None:
@@ -117,7 +119,9 @@ class ValueContract(ContractBase):
         """One object twice in a message is one object on arrival."""
         value = torch.zeros(2)
 
-        assert [True] * len(self.world()) == executor.collective_rpc(lambda worker, a, b: a is b[0], args=(value, [value]))
+        assert [True] * len(self.world()) == executor.collective_rpc(
+            lambda worker, a, b: a is b[0], args=(value, [value])
+        )
 
     def test_gradient_flag_travels(self, executor: Executor) -> None:
         """A parameter arrives as one, with its gradient flag."""
@@ -137,10 +141,7 @@ class ValueContract(ContractBase):
 
     def test_large_messages_in_flight(self, executor: Executor) -> None:
         """Many large messages in flight each arrive whole."""
-        futures = [
-            executor.collective_rpc(back, args=(bytes([n]) * 400_000,), non_block=True)
-            for n in range(20)
-        ]
+        futures = [executor.collective_rpc(back, args=(bytes([n]) * 400_000,), non_block=True) for n in range(20)]
 
         for n, future in enumerate(futures):
             assert all(bytes([n]) * 400_000 == value for value in future.result(30))

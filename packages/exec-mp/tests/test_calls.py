@@ -1,0 +1,341 @@
+"""Which call is finished with what, decided without a process, a lock or a clock."""
+
+import math
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from exec_core import Request, RpcTimeoutError, WorkerDiedError
+from exec_core.calls import Call
+from exec_core.messages import Failure
+from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
+
+
+def call(ranks: tuple[int, ...] = (0, 1), reply_ranks: tuple[int, ...] | None = None, **fields: Any) -> Call:
+    """A call to ``ranks``."""
+    return Call(Request("load"), ranks, ranks if reply_ranks is None else reply_ranks, **fields)
+
+
+def opened(calls: Calls, one: Call | None = None, future: Future[Any] | None = None) -> Entry:
+    """A call in flight, sent."""
+    entry = calls.open(one or call(), future)
+    assert entry is not None
+    entry.sent = True
+    return entry
+
+
+def failure(rank: int, time_ns: int = 0, text: str = "wrong") -> Failure:
+    """What a rank that raised says."""
+    return Failure(rank, 100 + rank, ValueError(text), time_ns)
+
+
+def test_values_in_rank_order() -> None:
+    """A call is finished by its last rank, and its values are in rank order whoever was first."""
+    calls = Calls(4)
+    entry = opened(calls)
+
+    assert (None, False) == calls.value(1, entry.id, "b")
+    assert (entry, False) == calls.value(0, entry.id, "a")
+    assert ["a", "b"] == entry.outcome()
+    assert 0 == len(calls)
+
+
+def test_values_of_reply_ranks_only() -> None:
+    """Every rank acknowledges, the values of some are returned, through the aggregate where there is one."""
+    calls = Calls(4)
+    entry = opened(calls, call((0, 1, 2), (2,), aggregate=len))
+    for rank in (2, 0, 1):
+        calls.value(rank, entry.id, rank)
+
+    assert 1 == entry.outcome()
+
+
+def test_ids_are_never_used_again() -> None:
+    """A late reply to an old call cannot be taken for one to a new call."""
+    calls = Calls(4)
+    first = opened(calls)
+    calls.withdraw(first)
+
+    assert first.id != opened(calls).id
+
+
+def test_reply_read_twice() -> None:
+    """A reply that is read again, after an interruption, changes nothing."""
+    calls = Calls(4)
+    entry = opened(calls)
+    calls.value(0, entry.id, "a")
+
+    assert (None, False) == calls.value(0, entry.id, "other")
+    calls.value(1, entry.id, "b")
+    assert ["a", "b"] == entry.outcome()
+    assert (None, False) == calls.value(1, entry.id, "other")
+
+
+def test_no_more_than_the_limit_in_flight() -> None:
+    """A call beyond the limit gets no place until one of the others is through."""
+    calls = Calls(1)
+    entry = opened(calls, call((0,)))
+
+    assert calls.open(call(), None) is None
+    calls.value(0, entry.id, None)
+    assert calls.open(call(), None) is not None
+
+
+def test_withdrawn_call_gives_its_place_back() -> None:
+    """A call that was not sent after all takes no place."""
+    calls = Calls(1)
+    calls.withdraw(opened(calls))
+
+    assert 0 == len(calls)
+
+
+# Errors
+
+
+def test_error_of_the_only_rank_is_final_at_once() -> None:
+    """When nobody else owes an answer an error finishes the call."""
+    calls = Calls(4)
+    entry = opened(calls, call((0,)))
+
+    assert (entry, False) == calls.error(entry.id, failure(0), now=10.0)
+    with pytest.raises(ValueError, match="wrong"):
+        entry.outcome()
+    assert (0, 100) == (entry.call.failure and entry.call.failure.rank, entry.call.failure and entry.call.failure.pid)
+
+
+def test_error_waits_a_moment_for_a_death() -> None:
+    """While others owe an answer an error is held back: a death that explains it may be on its way."""
+    calls = Calls(4)
+    entry = opened(calls)
+
+    assert (None, False) == calls.error(entry.id, failure(0), now=10.0)
+    assert not entry.is_due(10.0)
+    assert entry.is_due(10.0 + DEATH_GRACE_S)
+    assert calls.settle(entry)
+    with pytest.raises(ValueError, match="wrong") as caught:
+        entry.outcome()
+    assert ["ranks [1] are still inside 'load'"] == caught.value.__notes__
+
+
+def test_death_wins_over_a_peers_error() -> None:
+    """A death that is reported before the held-back error is final is what the caller gets."""
+    calls = Calls(4)
+    entry = opened(calls)
+    calls.error(entry.id, failure(0, text="connection closed"), now=10.0)
+    calls.close(WorkerDiedError(1, 101, signal_name="SIGKILL"))
+
+    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+        entry.outcome()
+
+
+def test_first_error_by_time_is_raised() -> None:
+    """Of several errors the first by time is raised, whichever was read first, and lists the others."""
+    calls = Calls(4)
+    entry = opened(calls)
+    calls.error(entry.id, failure(0, 2_000, "second"), now=10.0)
+    calls.error(entry.id, failure(1, 1_000, "first"), now=10.0)
+
+    with pytest.raises(ValueError, match="first") as caught:
+        entry.outcome()
+    assert ["also failed: rank 0 (pid 100): ValueError('second')"] == caught.value.__notes__
+    assert entry.call.failure is not None
+    assert 1 == entry.call.failure.rank
+
+
+def test_error_beats_values() -> None:
+    """One failing rank fails the call, however many have answered."""
+    calls = Calls(4)
+    entry = opened(calls, call((0, 1, 2)))
+    calls.value(0, entry.id, 0)
+    calls.error(entry.id, failure(1), now=10.0)
+    assert (entry, False) == calls.value(2, entry.id, 2)
+
+    with pytest.raises(ValueError, match="wrong"):
+        entry.outcome()
+
+
+# Time-outs and late replies
+
+
+def test_time_out_names_who_is_missing() -> None:
+    """At its deadline a call fails, saying who has answered and who has not."""
+    calls = Calls(4)
+    entry = opened(calls, call((0, 1, 2), timeout_s=2.5, deadline=12.5))
+    calls.value(1, entry.id, None)
+    assert not entry.is_due(12.0)
+    assert entry.is_due(12.5)
+    assert calls.settle(entry)
+    with pytest.raises(RpcTimeoutError) as caught:
+        entry.outcome()
+
+    error = caught.value
+    assert ("load", 2.5, (1,), (0, 2)) == (error.method, error.timeout_s, error.answered_ranks, error.pending_ranks)
+
+
+def test_late_reply_is_dropped() -> None:
+    """A reply after the time-out reaches nobody, and is told as late; the call keeps its place until all have answered."""
+    calls = Calls(4)
+    old = opened(calls, call(deadline=1.0))
+    calls.settle(old)
+    new = opened(calls)
+
+    assert (None, True) == calls.value(0, old.id, "old")
+    calls.value(0, new.id, "new 0")
+    assert 2 == len(calls)
+    assert (None, True) == calls.error(old.id, failure(1), now=5.0)
+    assert 1 == len(calls)
+    calls.value(1, new.id, "new 1")
+    assert ["new 0", "new 1"] == new.outcome()
+
+
+def test_rank_that_owes_a_late_reply_is_known() -> None:
+    """It is known which rank is still inside a call that was given up, and inside which."""
+    calls = Calls(4)
+    entry = opened(calls, call(deadline=1.0))
+    calls.value(0, entry.id, None)
+    assert calls.late(1) is None
+    calls.settle(entry)
+
+    assert calls.late(0) is None
+    assert calls.late(1) is entry.call
+    calls.value(1, entry.id, None)
+    assert calls.late(1) is None
+
+
+def test_settling_what_is_finished_changes_nothing() -> None:
+    """A call that finished while somebody was about to time it out keeps its values."""
+    calls = Calls(4)
+    entry = opened(calls, call((0,), deadline=1.0))
+    calls.value(0, entry.id, "in time")
+
+    assert not calls.settle(entry)
+    assert ["in time"] == entry.outcome()
+
+
+def test_next_deadline_is_that_of_futures() -> None:
+    """Blocking callers watch their own deadlines; those of futures are watched for them."""
+    calls = Calls(8)
+    opened(calls, call(deadline=1.0))
+    assert math.inf == calls.due()
+    later, sooner = opened(calls, call(deadline=9.0), Future()), opened(calls, call(deadline=5.0), Future())
+
+    assert 5.0 == calls.due()
+    assert [sooner] == calls.overdue(5.0)
+    assert [later, sooner] == calls.overdue(9.0)
+    calls.settle(sooner)
+    assert 9.0 == calls.due()
+
+
+def test_error_makes_a_future_due_sooner() -> None:
+    """A held-back error is due long before the call's own deadline."""
+    calls = Calls(4)
+    entry = opened(calls, call(deadline=99.0), Future())
+    calls.error(entry.id, failure(0), now=10.0)
+
+    assert 10.0 + DEATH_GRACE_S == calls.due()
+
+
+def test_abandoned_call() -> None:
+    """A caller that was interrupted leaves a call whose replies are late ones."""
+    calls = Calls(4)
+    entry = opened(calls, call((0,)))
+    calls.abandon(entry, KeyboardInterrupt())
+
+    assert (None, True) == calls.value(0, entry.id, None)
+
+
+# The end
+
+
+def test_close_fails_what_is_pending() -> None:
+    """At the end every unfinished call fails, each with an error of its own, and finished ones keep their values."""
+    calls = Calls(4)
+    done, first, second = opened(calls, call((0,))), opened(calls), opened(calls)
+    calls.value(0, done.id, "kept")
+    error = WorkerDiedError(1, 101)
+
+    assert [first, second] == calls.close(error)
+    assert ["kept"] == done.outcome()
+    raised = []
+    for entry in (first, second):
+        with pytest.raises(WorkerDiedError) as caught:
+            entry.outcome()
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]
+    assert calls.closed_by is error
+    assert (None, False) == calls.value(0, first.id, "after the end")
+
+
+def test_first_end_counts() -> None:
+    """A shutdown after a death does not hide the death."""
+    calls, death = Calls(4), WorkerDiedError(1, 101)
+    calls.close(death)
+    calls.close(RuntimeError("shut down"))
+
+    assert calls.closed_by is death
+
+
+# Gates
+
+
+def granted(calls: Calls) -> list[int]:
+    """Ranks that may start now."""
+    return [rank for rank, _ in calls.grants()]
+
+
+def test_gates_open_one_after_the_other() -> None:
+    """With a limit of two, two ranks start, and each that is through lets the next one in."""
+    calls = Calls(4)
+    entry = opened(calls, call((0, 1, 2, 3), max_concurrent=2))
+
+    assert [0, 1] == granted(calls)
+    assert [] == granted(calls)
+    calls.value(1, entry.id, None)
+    assert [2] == granted(calls)
+    calls.error(entry.id, failure(0), now=1.0)
+    assert [3] == granted(calls)
+
+
+def test_gates_wait_for_the_sending() -> None:
+    """A call that is not sent yet opens no gate, and loses none."""
+    calls = Calls(4)
+    entry = calls.open(call((0, 1), max_concurrent=1), None)
+    assert entry is not None
+    assert [] == granted(calls)
+    entry.sent = True
+
+    assert [0] == granted(calls)
+
+
+def test_limit_that_does_not_limit() -> None:
+    """With room for all ranks there is no gate."""
+    calls = Calls(4)
+    opened(calls, call((0, 1), max_concurrent=2))
+
+    assert not calls.gated
+
+
+def test_gated_calls_take_turns() -> None:
+    """The second gated call starts when the first is through, since each rank runs them in order."""
+    calls = Calls(4)
+    first, second = opened(calls, call(max_concurrent=1)), opened(calls, call(max_concurrent=1))
+    seen = []
+    for entry in (first, second):
+        for rank in (0, 1):
+            seen += [(entry.id, rank)] * (granted(calls) == [rank])
+            calls.value(rank, entry.id, None)
+
+    assert [(first.id, 0), (first.id, 1), (second.id, 0), (second.id, 1)] == seen
+    assert not calls.gated
+
+
+def test_gates_of_a_call_that_timed_out_still_open() -> None:
+    """A staggered call that was given up goes on: its ranks have it in their rings and would wait for ever."""
+    calls = Calls(4)
+    entry = opened(calls, call(max_concurrent=1, deadline=1.0))
+    assert [0] == granted(calls)
+    calls.settle(entry)
+    calls.value(0, entry.id, None)
+
+    assert [1] == granted(calls)

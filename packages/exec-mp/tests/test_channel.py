@@ -1,0 +1,317 @@
+"""The channel between a driver and its workers, both ends in one process."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import numpy
+import pytest
+import torch
+
+from exec_core import messages
+from exec_core.errors import MessageTooLargeError
+from exec_mp._channel import NOTHING, DriverChannel, WorkerChannel
+from exec_mp._layout import Geometry
+
+GEOMETRY = Geometry(world_size=2, slots=4, inline_bytes=256, arena_bytes=1 << 24, spin_s=0.0)
+
+
+class Ends:
+    """A driver's end, and one worker's for each of ``ranks``."""
+
+    def __init__(self, geometry: Geometry, ranks: tuple[int, ...]) -> None:
+        self.driver = driver = DriverChannel(geometry, range(geometry.world_size))
+        self.workers = {
+            rank: WorkerChannel(driver.fd, driver.geometry, rank, driver.bells[rank], driver.bell) for rank in ranks
+        }
+
+    def close(self) -> None:
+        """Lets go of everything; a worker's end goes with its process, and here with what refers to it."""
+        self.driver.close()
+        del self.driver, self.workers
+
+    def send(self, value: object, ranks: tuple[int, ...] = (0, 1), call_id: int = 7) -> int | None:
+        """Publishes ``value`` as the arguments of a call."""
+        return self.driver.publish(call_id, "load", messages.encode(value), ranks, ranks)
+
+    def receive(self, rank: int) -> Any:
+        """What the next request for ``rank`` carries."""
+        message = self.workers[rank].next()
+        value = messages.decode(message.body, message.format, owned=message.owned)
+        self.workers[rank].done_reading()
+        return value
+
+    def answer(self, rank: int, value: object, call_id: int = 7) -> None:
+        """Publishes a reply of ``rank``."""
+        self.workers[rank].publish(call_id, 0, messages.encode(value), 0)
+
+    def take(self, rank: int) -> Any:
+        """What the next reply of ``rank`` carries."""
+        assert rank in self.driver.look()
+        answer = self.driver.take(rank)
+        value = messages.decode(answer.body, answer.format, owned=answer.owned)
+        self.driver.consume(rank)
+        return value
+
+
+@contextlib.contextmanager
+def connected(geometry: Geometry = GEOMETRY, ranks: tuple[int, ...] = (0, 1)) -> Iterator[Ends]:
+    """Both ends of a channel."""
+    ends = Ends(geometry, ranks)
+    try:
+        yield ends
+    finally:
+        ends.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """Both ends of a channel of two ranks."""
+    with connected() as both:
+        yield both
+
+
+@pytest.fixture(params=[1, 2], ids=["one reader", "two readers"])
+def shared(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    """Both ends of a channel of one rank, then of two."""
+    with connected(attrs.evolve(GEOMETRY, world_size=request.param), tuple(range(request.param))) as both:
+        yield both
+
+
+def test_request_carries_everything(ends: Ends) -> None:
+    """A request arrives with its id, its name, its body, and whether the value is wanted."""
+    ends.driver.publish(7, "load", messages.encode((1, "x")), (0, 1), (1,))
+    wanted = []
+    for rank in (0, 1):
+        message = ends.workers[rank].next()
+        assert (7, "load", (1, "x"), False) == (
+            message.call_id, message.name, messages.decode(message.body, message.format), message.exits,
+        )  # fmt: skip
+        wanted.append(message.wants_value)
+        ends.workers[rank].done_reading()
+
+    assert [False, True] == wanted
+
+
+def test_request_for_another_rank_is_skipped(ends: Ends) -> None:
+    """A rank takes its own requests only, in order."""
+    ends.send("a", (0,))
+    ends.send("b", (1,))
+    ends.send("c", (0, 1))
+
+    assert (["a", "c"], ["b", "c"]) == ([ends.receive(0), ends.receive(0)], [ends.receive(1), ends.receive(1)])
+
+
+def test_ring_goes_round(ends: Ends) -> None:
+    """Slots are used again and again."""
+    for number in range(50):
+        assert ends.send(number) == number
+        assert [number, number] == [ends.receive(0), ends.receive(1)]
+        ends.answer(0, -number)
+        ends.answer(1, number)
+        assert [-number, number] == [ends.take(0), ends.take(1)]
+
+
+def test_full_ring_takes_no_more(ends: Ends) -> None:
+    """When one rank is a whole ring behind there is no room, until it has read on."""
+    numbers = [ends.send(n) for n in range(6)]
+    assert [0, 1, 2, 3, None, None] == numbers
+    assert 0 == ends.receive(0)
+    assert ends.send(4) is None
+    assert 0 == ends.receive(1)
+
+    assert 4 == ends.send(4)
+    assert [1, 2, 3, 4] == [ends.receive(1) for _ in range(4)]
+
+
+def test_full_reply_ring_waits_for_the_driver(ends: Ends) -> None:
+    """A worker whose replies nobody takes waits, and goes on when they are taken."""
+
+    def answer() -> None:
+        for number in range(12):
+            ends.answer(0, number)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    taken: list[Any] = []
+    while len(taken) < 12:
+        ends.driver.sleep(0.01)
+        while ends.driver.look():
+            taken.append(ends.take(0))
+    thread.join()
+
+    assert list(range(12)) == taken
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 200, 252, 256, 257, 4096, 70_000, 5 << 20])
+def test_message_of_any_size(shared: Ends, nbytes: int) -> None:
+    """A message lies in its slot or beside it, and arrives whole either way, for one reader or several."""
+    ranks = tuple(shared.workers)
+    data = numpy.random.default_rng(0).integers(0, 256, nbytes, dtype=numpy.uint8).tobytes()
+    for _ in range(6):
+        assert shared.send(data, ranks) is not None
+        assert [data] * len(ranks) == [shared.receive(rank) for rank in ranks]
+        shared.answer(0, data)
+        assert data == shared.take(0)
+
+
+@pytest.mark.parametrize("elements", [100, 30_000, 1_500_000])
+def test_received_memory_is_private(shared: Ends, elements: int) -> None:
+    """Each receiver may write into what it got; nobody else sees it, and later messages do not change it."""
+    kept: list[tuple[float, Any]] = []
+    for number in range(2):
+        shared.send(torch.full((elements,), float(number)), tuple(shared.workers))
+        for rank in shared.workers:
+            value = shared.receive(rank)
+            value += 100 * (rank + 1)
+            kept.append((number + 100 * (rank + 1), value))
+        shared.answer(0, torch.full((elements,), -1.0))
+        kept.append((-1.0, shared.take(0)))
+
+    assert [(expected, expected) for expected, _ in kept] == [(v.min().item(), v.max().item()) for _, v in kept]
+
+
+def test_memory_of_a_view_is_not_used_again(shared: Ends) -> None:
+    """A small view of a large message keeps that message's memory, when everything else of it is gone."""
+    ranks = tuple(shared.workers)
+    shared.send([torch.full((50_000,), 7.0)], ranks)
+    part = next(iter([shared.receive(rank)[0][100:103] for rank in ranks]))
+    for number in range(8):
+        shared.send([torch.full((50_000,), float(number))], ranks)
+        assert [number] * len(ranks) == [shared.receive(rank)[0][-1].item() for rank in ranks]
+
+    assert [7.0, 7.0, 7.0] == part.tolist()
+
+
+def test_memory_is_used_again(ends: Ends) -> None:
+    """Far more data than the arena holds goes through it."""
+    data = bytes(3 << 20)
+    for _ in range(20):
+        assert ends.send(data) is not None
+        assert 2 * len(data) == len(ends.receive(0)) + len(ends.receive(1))
+        ends.answer(1, data)
+        assert len(data) == len(ends.take(1))
+
+
+def test_message_larger_than_the_arena(ends: Ends) -> None:
+    """What can never fit is refused at once, both ways, and harms nothing."""
+    limit = ends.driver.geometry.arena_bytes
+    with pytest.raises(MessageTooLargeError) as caught:
+        ends.send(bytes(limit + 1))
+    assert limit == caught.value.limit
+    with pytest.raises(MessageTooLargeError, match="the result"):
+        ends.answer(0, bytes(limit + 1))
+    ends.send("after")
+
+    assert "after" == ends.receive(0)
+
+
+def test_full_arena_takes_no_more(ends: Ends) -> None:
+    """While all of the arena is in use there is no room; what is read makes some."""
+    assert 0 == ends.send(bytes(9 << 20))
+    assert ends.send(bytes(9 << 20)) is None
+    ends.receive(0)
+    ends.receive(1)
+
+    assert 1 == ends.send(bytes(9 << 20))
+
+
+def test_more_ranks_than_bits_in_a_word() -> None:
+    """Ranks beyond the 64th have their bits too."""
+    geometry = attrs.evolve(GEOMETRY, world_size=130)
+    with connected(geometry, ranks=(0, 63, 64, 129)) as ends:
+        ends.driver.publish(1, "load", messages.encode("odd"), (63, 129), (129,))
+        ends.driver.publish(2, "load", messages.encode("all"), tuple(range(130)), (0, 64))
+        got = {}
+        for rank in (63, 129, 0, 64):
+            first = ends.workers[rank].next()
+            got[rank] = first.call_id, first.wants_value
+            ends.workers[rank].done_reading()
+        for rank in (129, 64):
+            ends.answer(rank, rank)
+
+        assert {63: (1, False), 129: (1, True), 0: (2, True), 64: (2, True)} == got
+        assert [64, 129] == ends.driver.look()
+        assert [129, 64] == [ends.take(129), ends.take(64)]
+
+
+def test_gated_request_waits_for_its_gate(ends: Ends) -> None:
+    """A gated request starts when its gate opens; the gate of a later one includes it."""
+    body = messages.encode("x")
+    numbers = [ends.driver.publish_gated(n, "load", body, (0, 1), ()) for n in (1, 2)]
+    got: list[int] = []
+
+    def read() -> None:
+        for _ in range(2):
+            got.append(ends.workers[0].next().call_id)
+            ends.workers[0].done_reading()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert numbers[1] is not None
+    ends.driver.open_gate(0, numbers[1])
+    thread.join(30)
+
+    assert [1, 2] == got
+
+
+def test_current_call_is_shown(ends: Ends) -> None:
+    """The driver sees which call a rank is in, and since when."""
+    assert 0 == ends.driver.current(1)[0]
+    ends.workers[1].set_current(9)
+    call_id, since_ns = ends.driver.current(1)
+    ends.workers[1].set_idle()
+
+    assert 9 == call_id
+    assert since_ns > 0
+    assert 0 == ends.driver.current(1)[0]
+
+
+def test_exit_reaches_everyone(ends: Ends) -> None:
+    """Everyone is told to leave, after what was sent before."""
+    ends.send("last", (1,))
+    ends.driver.publish_exit()
+
+    assert ends.workers[0].next().exits
+    assert "last" == ends.receive(1)
+    assert ends.workers[1].next().exits
+
+
+def test_sleeper_is_woken(ends: Ends) -> None:
+    """A worker that sleeps is woken by a request, a driver that sleeps by a reply; without one it wakes by itself."""
+    assert not ends.driver.sleep(0.001)
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(ends.receive(0)))
+    thread.start()
+    ends.send("wake up", (0,))
+    thread.join(30)
+    ends.answer(0, "awake")
+
+    assert ["wake up"] == got
+    assert ends.driver.sleep(30.0)
+    assert "awake" == ends.take(0)
+
+
+def test_names_of_methods_of_any_length(ends: Ends) -> None:
+    """A long method name fits as long as it fits into a slot."""
+    name = "n" * 200
+    ends.driver.publish(1, name, NOTHING, (0,), ())
+    assert name == ends.workers[0].next().name
+    with pytest.raises(MessageTooLargeError, match="a method's name"):
+        ends.driver.publish(2, "n" * 300, NOTHING, (0,), ())
+
+
+def test_lent_memory_outlives_the_channel() -> None:
+    """What the driver has received stays readable and writable after the channel is closed."""
+    with connected() as ends:
+        ends.answer(0, torch.arange(50_000))
+        value = ends.take(0)
+        before = len(os.listdir("/proc/self/fd"))
+    value += 1
+
+    assert 50_000 == value[-1].item()
+    del value
+    assert len(os.listdir("/proc/self/fd")) < before

@@ -1,0 +1,213 @@
+"""Meeting, talking and leaving between threads of one process, with real sockets."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from exec_core import WorkerStartupError
+from exec_torchrun import _meeting
+from exec_torchrun._env import LauncherEnv
+from exec_torchrun._frames import Connection, Frame, Kind
+from exec_torchrun._link import Hub, Link, Member
+from exec_torchrun._meeting import Meeting, Report, meet
+
+Run = Callable[..., Future[Any]]
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """``run(function, *args)`` on a thread of its own."""
+    with ThreadPoolExecutor(16) as pool:
+        yield pool.submit
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The launcher's store, in this process."""
+    store = dist.HashStore()  # type: ignore[attr-defined] # public
+    monkeypatch.setattr(_meeting, "_store", lambda env, deadline: store)
+    return store
+
+
+def env(rank: int, world_size: int = 4, replica_size: int = 2, one_machine: bool = True) -> LauncherEnv:
+    """The place of a rank."""
+    return LauncherEnv(rank, world_size, rank, world_size if one_machine else None, "localhost", 1, replica_size)
+
+
+def meet_as(place: LauncherEnv, name: str = "0-0", seconds: float = 10.0) -> Meeting:
+    """One rank's part in a meeting."""
+    return meet(place, name, Report(place.rank, 1000 + place.rank, "config"), time.monotonic() + seconds, 1.0)
+
+
+@pytest.fixture
+def links(run: Run) -> Iterator[list[Link]]:
+    """Three ranks of a replica, the hub first."""
+    pairs = [socket.socketpair() for _ in range(2)]
+    hub = Hub({index: Connection(pair[0]) for index, pair in enumerate(pairs, 1)}, {1: 11, 2: 12}, grace_s=1.0)
+    members = [Member(index, Connection(pair[1]), hub_pid=10) for index, pair in enumerate(pairs, 1)]
+    yield [hub, *members]
+    for member in members:
+        member.close()
+    hub.close()
+
+
+def begin(turn: int, digest: bytes = b"same", wait_s: float = 5.0) -> Frame:
+    """A rank wants to run a call."""
+    return Frame(Kind.BEGIN, turn, ((0, b"call"),), digest.ljust(16), wait_s, limit_s=5.0)
+
+
+def exchange_all(run: Run, links: Sequence[Link], words: Sequence[Frame]) -> list[Kind]:
+    """What each rank is told when all say their words."""
+    futures = [run(link.exchange, word, lambda: "mine") for link, word in zip(links, words, strict=True)]
+    return [future.result(10).kind for future in futures]
+
+
+@pytest.mark.parametrize("one_machine", [True, False])
+def test_all_ranks_meet(run: Run, store: Any, one_machine: bool) -> None:
+    """Every rank gets the reports of all and a link to its own replica, over loopback or any interface."""
+    meetings = [future.result(20) for future in [run(meet_as, env(rank, one_machine=one_machine)) for rank in range(4)]]
+    try:
+        assert {meeting.init_method for meeting in meetings} == {meetings[0].init_method}
+        for meeting in meetings:
+            assert [(rank, 1000 + rank) for rank in range(4)] == [(r.rank, r.pid) for r in meeting.reports]
+        for replica in (meetings[:2], meetings[2:]):
+            assert [Kind.GO] * 2 == exchange_all(run, [m.link for m in replica if m.link], [begin(0)] * 2)
+    finally:
+        for meeting in meetings:
+            if meeting.link is not None:
+                meeting.link.close()
+
+
+def test_what_an_earlier_attempt_left_is_not_believed(run: Run, store: Any) -> None:
+    """An address in the store where nobody listens any more is read again until rank 0 has overwritten it."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    store.set("exec-torchrun/0-0", pickle.dumps(_meeting.Address(("127.0.0.1",), port, b"old")))
+    visitor = run(meet_as, env(1, 2, 1))
+    host = run(meet_as, env(0, 2, 1))
+
+    assert host.result(20).init_method == visitor.result(20).init_method
+
+
+def test_a_rank_that_does_not_come_is_named(run: Run, store: Any) -> None:
+    """After the start's time those who came are told who did not."""
+    futures = [run(meet_as, env(rank, 4, 2), seconds=0.5) for rank in (0, 1, 3)]
+    for future in futures:
+        with pytest.raises(WorkerStartupError, match="rank 2 failed in launch: has not come"):
+            future.result(20)
+
+
+def test_a_rank_that_comes_twice_is_named(run: Run, store: Any) -> None:
+    """Two processes with the same RANK are told apart from one that is missing."""
+    futures = [run(meet_as, env(rank, 3, 1)) for rank in (0, 1, 1)]
+    with pytest.raises(WorkerStartupError, match="rank 1 failed in launch: has come twice"):
+        futures[0].result(20)
+    for future in futures[1:]:
+        with pytest.raises(WorkerStartupError):
+            future.result(20)
+
+
+def test_strangers_are_not_let_in(run: Run, store: Any) -> None:
+    """A connection that does not know the secret, or says nothing of use, is closed, and the meeting goes on."""
+    host = run(meet_as, env(0, 2, 1))
+    store.wait(["exec-torchrun/0-0"], datetime.timedelta(seconds=10))
+    address = pickle.loads(store.get("exec-torchrun/0-0"))
+    for hello in (Frame(Kind.HELLO, 1, ((1, b"wrong"), (1, b""))).packed(), b"GET / HTTP/1.1\r\n" * 10):
+        with socket.create_connection((address.hosts[0], address.port)) as stranger:
+            stranger.sendall(hello)
+            stranger.shutdown(socket.SHUT_WR)
+            with pytest.raises(ConnectionResetError) if len(hello) > 120 else pytest.raises(EOFError):
+                if not stranger.recv(1):
+                    raise EOFError
+    assert run(meet_as, env(1, 2, 1)).result(20).init_method == host.result(20).init_method
+
+
+def test_a_large_value_goes_round(run: Run, links: list[Link]) -> None:
+    """Values of many megabytes from all ranks at once come back to all of them."""
+    assert [Kind.GO] * 3 == exchange_all(run, links, [begin(0)] * 3)
+    words = [Frame(Kind.END, 1, ((index, bytes([index]) * (8 << 20)),), limit_s=10.0) for index in range(3)]
+    futures = [run(link.exchange, word) for link, word in zip(links, words, strict=True)]
+    for future in futures:
+        assert [(index, bytes([index]) * (8 << 20)) for index in range(3)] == list(future.result(20).parts)
+
+
+def test_the_hub_answers_while_its_rank_is_away(run: Run, links: list[Link]) -> None:
+    """Its thread tells the others that its rank has not come, though that rank says nothing at all."""
+    futures = [run(link.exchange, begin(0, wait_s=0.3), lambda: "mine") for link in links[1:]]
+    for future in futures:
+        told = future.result(10)
+        assert (Kind.DIVERGED, [b"no call, its last was none", b"mine", b"mine"]) == (
+            told.kind, [text for _, text in told.parts]
+        )  # fmt: skip
+    assert Kind.DIVERGED is links[0].exchange(begin(0)).kind
+    assert [Kind.GO] * 3 == exchange_all(run, links, [begin(1)] * 3)
+
+
+def test_a_connection_that_ends_is_a_death(run: Run, links: list[Link]) -> None:
+    """The others are told which, whether they wait already or come later."""
+    waiting = run(links[0].exchange, begin(0))
+    links[2].close()
+
+    assert (Kind.DIED, ((2, b"12"),)) == (waiting.result(10).kind, waiting.result(10).parts)
+    assert Kind.DIED is links[1].exchange(begin(0)).kind
+
+
+def test_the_hub_that_ends_is_a_death(run: Run, links: list[Link]) -> None:
+    """So it is for the others when it is the hub that goes."""
+    waiting = run(links[1].exchange, begin(0))
+    links[0].close()
+
+    assert (Kind.DIED, ((0, b"10"),)) == (waiting.result(10).kind, waiting.result(10).parts)
+    assert Kind.DIED is links[2].exchange(begin(0)).kind
+
+
+def test_all_leave_together(run: Run, links: list[Link]) -> None:
+    """Nobody waits for longer than the last one takes."""
+    deadline = time.monotonic() + 10
+    futures = [run(link.leave, 0, deadline) for link in links]
+
+    assert [Kind.BYE] * 3 == [future.result(10).kind for future in futures]
+
+
+def test_leaving_alone_does_not_wait_for_ever(run: Run, links: list[Link]) -> None:
+    """A rank leaves at its deadline, whoever is still there; who comes after the hub is told that it has left."""
+    started = time.monotonic()
+    assert links[1].leave(0, started + 0.2) is None
+    assert links[0].leave(0, started + 0.4) is None
+    assert 0.4 <= time.monotonic() - started < 2.0
+    links[0].close()
+    told = links[2].exchange(begin(0))
+
+    assert (Kind.LEFT, [b"shutdown()", b"shutdown()"]) == (told.kind, [text for _, text in told.parts[:2]])
+
+
+def test_frames_arrive_whole_however_they_are_cut() -> None:
+    """Byte by byte, or several at once."""
+    ours, theirs = socket.socketpair()
+    connection = Connection(theirs)
+    frames = [begin(3), Frame(Kind.END, 4, ((1, b"x" * 5), (2, b"")))]
+    try:
+        for byte in b"".join(frame.packed() for frame in frames):
+            ours.sendall(struct.pack("B", byte))
+            connection.fill()
+        assert frames == [connection.pop(), connection.pop()]
+        assert connection.pop() is None
+        assert connection.receive(time.monotonic() + 0.05) is None
+        assert not connection.ended
+    finally:
+        ours.close()
+        assert connection.receive(time.monotonic() + 5) is None
+        assert connection.ended
+        connection.close()
+    assert os.path.exists("/proc/self")
