@@ -13,6 +13,13 @@ GROUP = "exec_core.executors"
 _DISTRIBUTIONS = {"mp": "exec-mp", "uniproc": "exec-uniproc", "torchrun": "exec-torchrun"}
 
 
+def entry_points(group: str) -> Any:
+    """The installed entry points of ``group``."""
+    from importlib import metadata  # as much work to import as the rest of this package
+
+    return metadata.entry_points(group=group)
+
+
 def find_backend(backend: str | type[Any]) -> type[Executor]:
     """The executor class for ``ExecutorConfig.backend``.
 
@@ -20,8 +27,6 @@ def find_backend(backend: str | type[Any]) -> type[Executor]:
         BackendNotFoundError: with the line that installs it, where the name is known.
         ConfigError: when what is found is no `Executor`.
     """
-    from importlib.metadata import entry_points
-
     found: Any = backend
     if isinstance(backend, str):
         installed = {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -270,6 +270,7 @@ class Outer:
         """`EchoWorker` by a longer path."""
 
 
+HOSTED: Any = None  # an executor of this process, for `call_hosted`
 ENVIRONMENT_AT_IMPORT: Mapping[str, str] = dict(os.environ)  # of the process that imported this module
 
 
@@ -326,3 +327,8 @@ def modules_imported(worker: Any, name: str) -> bool:
 def where_am_i(worker: Any) -> int:
     """This rank."""
     return int(worker.context.rank)
+
+
+def call_hosted(worker: Any) -> Any:
+    """Calls the executor of the worker's own process: what a worker must not do."""
+    return HOSTED.collective_rpc("where")
