@@ -134,6 +134,9 @@ def encode(value: object, name: str = "the value") -> Encoded:
     """
     if value is None:
         return _EMPTY
+    if _is_plain(value):  # no pickler of our own is needed, and making one costs more than the rest
+        plain = pickle.dumps(value, 5)
+        return Encoded((plain,), len(plain), Format.PICKLE)
     table, file = arrays.ViewTable(), io.BytesIO()
     try:
         _Pickler(file, table).dump(value)
@@ -152,6 +155,23 @@ def encode(value: object, name: str = "the value") -> Encoded:
     for segment in segments:
         parts += [bytes(segment.lead), segment.memory(), bytes(-segment.nbytes % arrays.ALIGNMENT)]
     return Encoded(parts, sum(map(len, parts)), Format.SEGMENTS, segments)
+
+
+_ATOMS = frozenset({int, str, float, bytes, bool, type(None)})
+_PLAIN_ITEMS = 64
+
+
+def _is_plain(value: object, depth: int = 4) -> bool:
+    """Whether ``value`` is made of builtin values only, and few of them."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return True
+    if not depth or kind not in (tuple, list, dict) or len(value) > _PLAIN_ITEMS:  # type: ignore[arg-type] # sized
+        return False
+    for item in value:  # type: ignore[attr-defined] # likewise
+        if type(item) not in _ATOMS and not _is_plain(item, depth - 1):
+            return False
+    return kind is not dict or all(_is_plain(item, depth - 1) for item in value.values())  # type: ignore[attr-defined] # a dict
 
 
 def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:

@@ -19,6 +19,7 @@ from exec_core.testing.sync import eventually
 
 _MARK = "EXEC_CORE_LEAK_CHECK"  # in the environment of every process that starts inside `leak_check`
 _KEPT = "torchinductor_"  # torch's cache of compiled code, made by its profiler too, and kept by design
+_COMMAND_LENGTH = 60  # enough to know it; the rest of a program given by -c may name paths of the moment
 _SETTLE_S = 3.0  # for what ends by itself: a thread in its last lines, a process that is being reaped
 
 
@@ -158,7 +159,7 @@ def _command(pid: int) -> str:
         text = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return "(ended)"
-    return text or "(zombie)"
+    return text[:_COMMAND_LENGTH] or "(zombie)"
 
 
 def _descriptors() -> list[str]:
