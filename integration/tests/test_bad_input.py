@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -88,8 +88,7 @@ def test_more_ranks_than_gpus(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_backend_that_is_not_installed(refuse: Refuse, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what to install."""
-    backends = importlib.import_module("exec_core.backends")
-    monkeypatch.setattr(backends, "entry_points", lambda group: ())
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
     assert "pip install exec-uniproc" in refuse("--model", tiny_model, "--backend", "uniproc", "hi")
     monkeypatch.setitem(sys.modules, "exec_mp", None)
     assert "pip install exec-mp" in refuse("--model", tiny_model, "--backend", "mp", "hi")

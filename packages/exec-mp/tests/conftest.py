@@ -16,13 +16,23 @@ from exec_core.testing.workers import EchoWorker
 Launch = Callable[..., ec.Executor]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _suite_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fails the last test when anything is left after the fork server has been ended, too."""
+    tmp_path_factory.getbasetemp()
+    import torch  # noqa: F401 # what its import leaves open is not ours
+
+    with leak_check():
+        yield
+        exec_mp.stop_fork_server()
+
+
 @pytest.fixture(autouse=True)
-def _leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _leaves_nothing(request: pytest.FixtureRequest, _suite_leaves_nothing: None) -> Iterator[None]:
     """Fails a test that leaves a process, descriptor, thread or file behind. Only the fork server stays."""
     if request.cls is not None and issubclass(request.cls, ExecutorContract):  # it checks for itself
         yield
         return
-    tmp_path_factory.getbasetemp()
     exec_mp.prestart(())
     with leak_check():
         yield
@@ -31,7 +41,7 @@ def _leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def launch(_leaves_nothing: None) -> Iterator[Launch]:
-    """``launch(world=2, worker_cls=EchoWorker, *, gloo=False, parallel={}, rpc={}, log={}, **config)``: ready executors."""
+    """``launch(world=2, worker_cls=EchoWorker, *, gloo=False, device=None, parallel={}, rpc={}, log={}, **config)``: ready executors."""
     with contextlib.ExitStack() as stack:
 
         def launched(
@@ -39,6 +49,7 @@ def launch(_leaves_nothing: None) -> Iterator[Launch]:
             worker_cls: Any = EchoWorker,
             *,
             gloo: bool = False,
+            device: ec.DeviceConfig | None = None,
             parallel: dict[str, Any] | None = None,
             rpc: dict[str, Any] | None = None,
             log: dict[str, Any] | None = None,
@@ -51,7 +62,8 @@ def launch(_leaves_nothing: None) -> Iterator[Launch]:
                     worker_cls=worker_cls,
                     backend="mp",
                     parallel=ec.ParallelConfig(tensor_parallel_size=world, **(parallel or {})),
-                    device=ec.DeviceConfig(
+                    device=device
+                    or ec.DeviceConfig(
                         device="cpu", threads_per_worker=1, distributed_backend=None if gloo else "none"
                     ),
                     rpc=ec.RpcConfig(**{**limits, **(rpc or {})}),

@@ -141,7 +141,7 @@ class BaseExecutor(abc.ABC):
         except BaseException as error:
             shut_down = isinstance(error, Exception) and self.state in {State.CLOSING, State.CLOSED}
             self._clean_up_start(error)
-            if shut_down and not isinstance(error, ExecutorClosedError):
+            if shut_down:
                 raise ExecutorClosedError("shut down while it was starting") from error
             raise
         self._log.info("executor ready", duration_ms=round((time.monotonic() - started) * 1e3, 1))

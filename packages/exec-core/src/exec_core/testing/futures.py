@@ -39,6 +39,15 @@ class FutureContract(ContractBase):
         gate.open()
         assert self.world() == future.result(30)
 
+    def test_future_of_some_ranks(self, executor: Executor) -> None:
+        """A call to some ranks only may be sent without waiting; the other ranks are free meanwhile."""
+        others = self.world()[:-1]
+        future = executor.collective_rpc("where", args=(1,), ranks=[self.last()], non_block=True)
+        of_others = executor.collective_rpc("where", args=(2,), ranks=others, non_block=True)
+
+        assert [(rank, 2) for rank in others] == of_others.result(30)
+        assert [(self.last(), 1)] == future.result(30)
+
     def test_result_can_be_read_again(self, executor: Executor) -> None:
         """A result is readable many times, and is the same object each time."""
         future = executor.collective_rpc("where", non_block=True)
