@@ -83,22 +83,17 @@ def run_job(
     return Job(process.returncode, ranks, output)
 
 
-def torchrun_command(nproc: int, program: str, *args: str, options: Sequence[str] = ()) -> list[str]:
-    """The command line of ``program`` under torchrun on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
-    return [*launcher, *options, os.fspath(PROGRAMS / program), *args]
-
-
 @pytest.fixture(scope="session")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """``torchrun(nproc, program, *args, options=(), env={}, succeeds=True)`` runs a program of `programs/`."""
+    """``torchrun(nproc, program, *args, options=(), **how)`` runs a program of `programs/` on this machine.
 
-    def launch(
-        nproc: int, program: str, *args: str, options: Sequence[str] = (), succeeds: bool = True, **how: Any
-    ) -> Job:
-        directory = tmp_path_factory.mktemp("records")
-        job = run_job(directory, torchrun_command(nproc, program, *args, options=options), **how)
-        assert not succeeds or job.returncode == 0, job.output
+    ``options`` are torchrun's; ``how`` is for `run_job`. The job must succeed.
+    """
+
+    def launch(nproc: int, program: str, *args: str, options: Sequence[str] = (), **how: Any) -> Job:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), *options]
+        job = run_job(tmp_path_factory.mktemp("records"), [*launcher, os.fspath(PROGRAMS / program), *args], **how)
+        assert job.returncode == 0, job.output
         return job
 
     return launch

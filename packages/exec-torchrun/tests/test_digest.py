@@ -118,7 +118,7 @@ def test_callables_count_by_code_and_plain_data() -> None:
     assert of(method=closing_over(1)) != of(method=closing_over(2))
     assert of(method=closing_over(torch.zeros(1))) == of(method=closing_over(torch.ones(1)))
     assert of(method=lambda worker: worker.a) != of(method=lambda worker: worker.a.b)
-    assert of(method=[1].append) == of(method=[2].append)
+    assert of(method=[1].append) != of(method=[2].append)
 
 
 def test_what_cannot_be_taken_apart_counts_by_its_type() -> None:

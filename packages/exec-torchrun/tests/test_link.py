@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import os
 import pickle
 import socket
 import struct
@@ -20,7 +20,7 @@ from exec_torchrun import _meeting
 from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind
 from exec_torchrun._link import Hub, Link, Member
-from exec_torchrun._meeting import Meeting, Report, meet
+from exec_torchrun._meeting import Address, Meeting, Report, meet
 
 Run = Callable[..., Future[Any]]
 
@@ -92,8 +92,8 @@ def test_all_ranks_meet(run: Run, store: Any, one_machine: bool) -> None:
 def test_what_an_earlier_attempt_left_is_not_believed(run: Run, store: Any) -> None:
     """An address in the store where nobody listens any more is read again until rank 0 has overwritten it."""
     with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
-    store.set("exec-torchrun/0-0", pickle.dumps(_meeting.Address(("127.0.0.1",), port, b"old")))
+        places = (gone.getsockname(), b"\0nobody is here")
+    store.set("exec-torchrun/0-0", pickle.dumps(Address(places, b"old")))
     visitor = run(meet_as, env(1, 2, 1))
     host = run(meet_as, env(0, 2, 1))
 
@@ -110,7 +110,7 @@ def test_a_rank_that_does_not_come_is_named(run: Run, store: Any) -> None:
 
 def test_a_rank_that_comes_twice_is_named(run: Run, store: Any) -> None:
     """Two processes with the same RANK are told apart from one that is missing."""
-    futures = [run(meet_as, env(rank, 3, 1)) for rank in (0, 1, 1)]
+    futures = [run(meet_as, env(rank, 3, 1), seconds=2.0) for rank in (0, 1, 1)]
     with pytest.raises(WorkerStartupError, match="rank 1 failed in launch: has come twice"):
         futures[0].result(20)
     for future in futures[1:]:
@@ -120,17 +120,17 @@ def test_a_rank_that_comes_twice_is_named(run: Run, store: Any) -> None:
 
 def test_strangers_are_not_let_in(run: Run, store: Any) -> None:
     """A connection that does not know the secret, or says nothing of use, is closed, and the meeting goes on."""
-    host = run(meet_as, env(0, 2, 1))
+    host = run(meet_as, env(0, 2, 1, one_machine=False))
     store.wait(["exec-torchrun/0-0"], datetime.timedelta(seconds=10))
     address = pickle.loads(store.get("exec-torchrun/0-0"))
-    for hello in (Frame(Kind.HELLO, 1, ((1, b"wrong"), (1, b""))).packed(), b"GET / HTTP/1.1\r\n" * 10):
-        with socket.create_connection((address.hosts[0], address.port)) as stranger:
+    for hello in (Frame(Kind.HELLO, 1, ((1, b"wrong"), (1, b""))).packed(), b"GET / HTTP/1.1\r\n" * 10, b""):
+        with socket.create_connection(address.places[-1]) as stranger:
             stranger.sendall(hello)
             stranger.shutdown(socket.SHUT_WR)
-            with pytest.raises(ConnectionResetError) if len(hello) > 120 else pytest.raises(EOFError):
-                if not stranger.recv(1):
-                    raise EOFError
-    assert run(meet_as, env(1, 2, 1)).result(20).init_method == host.result(20).init_method
+            with contextlib.suppress(ConnectionResetError):
+                assert not stranger.recv(1)
+    visitor = run(meet_as, env(1, 2, 1, one_machine=False))
+    assert visitor.result(20).init_method == host.result(20).init_method
 
 
 def test_a_large_value_goes_round(run: Run, links: list[Link]) -> None:
@@ -210,4 +210,3 @@ def test_frames_arrive_whole_however_they_are_cut() -> None:
         assert connection.receive(time.monotonic() + 5) is None
         assert connection.ended
         connection.close()
-    assert os.path.exists("/proc/self")

@@ -19,7 +19,7 @@ import attrs
 
 _HEAD = struct.Struct("<B3xIQdd16s")
 _PART = struct.Struct("<qQ")
-_CHUNK = 1 << 16
+_CHUNK, _LARGEST_CHUNK = 1 << 14, 1 << 22
 _LOOK_S = struct.pack("ll", 0, 100_000)  # a receiver looks at its deadline so often (struct timeval)
 _STUCK_S = struct.pack("ll", 30, 0)  # a receiver that has not taken anything for so long gets nothing more
 
@@ -90,12 +90,14 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # The kernel's own limits: Python's would poll before every read and write.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK_S)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _STUCK_S)
         self.sock = sock
         self._buffer = bytearray()
+        self._missing = 0  # of the frame that has begun to come, as far as is known
         self.ended = False  # the other side has closed, or the connection broke
 
     def send(self, frame: Frame) -> None:
@@ -117,7 +119,7 @@ class Connection:
     def fill(self, flags: int = 0) -> bool:
         """Takes what has come; False for nothing, at once with ``socket.MSG_DONTWAIT``, otherwise after `_LOOK_S`."""
         try:
-            data = self.sock.recv(_CHUNK, flags)
+            data = self.sock.recv(min(max(self._missing, _CHUNK), _LARGEST_CHUNK), flags)
         except BlockingIOError:
             return False
         except OSError:
@@ -127,20 +129,24 @@ class Connection:
         return True
 
     def pop(self) -> Frame | None:
-        """Takes a whole frame out of what has come."""
+        """Takes a whole frame out of what has come; what cannot be one ends the connection."""
         buffer = self._buffer
         if len(buffer) < _HEAD.size:
             return None
         kind, n_parts, turn, wait_s, limit_s, digest = _HEAD.unpack_from(buffer)
         end = _HEAD.size + n_parts * _PART.size
-        if len(buffer) < end:
+        if kind >= len(_KINDS):
+            self.ended = True
+        if len(buffer) < end or self.ended:
             return None
-        table, parts = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)], []
+        table = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)]
+        self._missing = end + sum([nbytes for _, nbytes in table]) - len(buffer)
+        if self._missing > 0:
+            return None
+        parts = []
         for number, nbytes in table:
             parts.append((number, bytes(buffer[end : end + nbytes])))
             end += nbytes
-        if len(buffer) < end:
-            return None
         del buffer[:end]
         return Frame(_KINDS[kind], turn, tuple(parts), digest, wait_s, limit_s)
 

@@ -70,6 +70,7 @@ class SpmdLoop(ExecutionLoop):
         self._ended: Future[Any] = Future()  # of the loop that runs, or ran last
 
     def start(self) -> Future[Any]:
+        self._executor.collective_rpc("start_worker_execution_loop", ranks=[])  # on nobody: raises if it is not open
         with self._lock:
             if self._running:
                 raise self._busy("start_worker_execution_loop", "the loop runs already")

@@ -38,10 +38,14 @@ _stores: dict[str, Any] = {}  # by what rank 0 drew, for `SCHEME` URLs
 
 @attrs.frozen
 class Address:
-    """Where a process listens: ``hosts`` are alternatives, ``secret`` proves to it that one was told."""
+    """Where a process listens.
 
-    hosts: tuple[str, ...]
-    port: int
+    Attributes:
+        places: alternatives: host and port, or the name of a socket of this machine.
+        secret: proves to it that one was told the address.
+    """
+
+    places: tuple[tuple[str, int] | bytes, ...]
     secret: bytes
 
 
@@ -198,20 +202,23 @@ def _gather(env: LauncherEnv, listener: socket.socket, secret: bytes, deadline: 
 
 
 def _listen(env: LauncherEnv, stack: contextlib.ExitStack) -> tuple[socket.socket, Address]:
-    """A listening socket: on loopback when all ranks are here, otherwise on every interface."""
+    """A listening socket: one of this machine alone when all ranks are here, otherwise on every interface."""
+    places: tuple[tuple[str, int] | bytes, ...]
     if env.is_one_machine:
-        listener = socket.create_server(("127.0.0.1", 0))
-        hosts: tuple[str, ...] = ("127.0.0.1",)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")  # the kernel finds a name, which is in no directory
+        listener.listen()
+        places = (listener.getsockname(),)
     else:
         dual = socket.has_dualstack_ipv6()
         listener = socket.create_server(
             ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
         )
-        own = _address_towards(env.master_addr, env.master_port)
+        port, own = listener.getsockname()[1], _address_towards(env.master_addr, env.master_port)
         # Rank 0 is where MASTER_ADDR leads, by a name that all ranks can use, but not always: a restarted job may keep it.
-        hosts = (env.master_addr, own) if env.rank == 0 else (own,)
+        places = ((env.master_addr, port), (own, port)) if env.rank == 0 else ((own, port),)
     stack.callback(listener.close)
-    return listener, Address(hosts, listener.getsockname()[1], secrets.token_bytes(16))
+    return listener, Address(places, secrets.token_bytes(16))
 
 
 def _address_towards(host: str, port: int) -> str:
@@ -230,7 +237,7 @@ def _accept(
     while len(came) < len(expected):
         if not wait_readable(listener, deadline - time.monotonic()):
             missing = [number for number in expected if number not in came]
-            return came, (missing[0], f"has not come to the ranks' first meeting, like {len(missing) - 1} others")
+            return came, (missing[0], f"has not come to the ranks' first meeting; missing: {missing}")
         connection = Connection(listener.accept()[0])
         hello = connection.receive(time.monotonic() + _HELLO_S)
         if hello is None or hello.kind is not Kind.HELLO or hello.parts[0][1] != secret or hello.turn not in expected:
@@ -244,12 +251,24 @@ def _accept(
 
 
 def _try_connect(address: Address, number: int, body: bytes) -> Connection | None:
-    for host in address.hosts:
+    for place in address.places:
         with contextlib.suppress(OSError):
-            connection = Connection(socket.create_connection((host, address.port), timeout=_HELLO_S))
+            connection = Connection(_connected(place))
             connection.send(Frame(Kind.HELLO, number, ((os.getpid(), address.secret), (number, body))))
             return connection
     return None
+
+
+def _connected(place: tuple[str, int] | bytes) -> socket.socket:
+    if isinstance(place, tuple):
+        return socket.create_connection(place, timeout=_HELLO_S)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(place)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _connect(address: Address, number: int, body: bytes, deadline: float) -> Connection:

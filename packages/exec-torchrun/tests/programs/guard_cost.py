@@ -1,0 +1,85 @@
+"""What the guard costs: steps of 10 ms with it and without it, in turn.
+
+torchrun --nproc-per-node 4 packages/exec-torchrun/tests/programs/guard_cost.py
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+import exec_core as ec
+from exec_torchrun import ExecutorWithExternalLauncher
+
+STEP_S, STEPS, ROUNDS = 0.01, 50, 12
+REQUEST = {"tokens": [list(range(512)) for _ in range(4)], "sampling": {"temperature": 0.7, "seed": 1}}
+
+
+class Steps(ec.Worker):
+    """Steps that take 10 ms, whose ranks meet at the end as those of a tensor-parallel model do, or not at all."""
+
+    def apart(self, request: Any) -> None:
+        """Nothing in common."""
+        time.sleep(STEP_S)
+
+    def together(self, request: Any) -> None:
+        """One all_reduce."""
+        time.sleep(STEP_S)
+        assert self.context.groups is not None  # there are several ranks
+        dist.all_reduce(torch.ones(8), group=self.context.groups.tp.device_group)
+
+    def nothing(self, request: Any) -> None:
+        """The call alone."""
+
+
+class Unguarded(ExecutorWithExternalLauncher):
+    """The same without the guard."""
+
+    divergence_timeout_s: ClassVar[float | None] = None
+
+
+def start(backend: Any) -> ec.Executor:
+    """An executor over all ranks."""
+    return ec.create_executor(
+        ec.ExecutorConfig(
+            worker_cls=Steps,
+            backend=backend,
+            parallel=ec.ParallelConfig(tensor_parallel_size=int(os.environ["WORLD_SIZE"])),
+            device=ec.DeviceConfig(device="cpu"),
+            log=ec.LogConfig(level="error"),
+        )
+    )
+
+
+def median_s(executor: ec.Executor, method: str) -> float:
+    """Median duration of a call, in seconds."""
+    times = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        executor.collective_rpc(method, args=(REQUEST,))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measures and prints."""
+    with start("torchrun") as guarded, start(Unguarded) as unguarded:
+        for method in ("nothing", "apart", "together"):
+            rounds = [(median_s(guarded, method), median_s(unguarded, method)) for _ in range(ROUNDS)]
+            with_s, without_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+            added = [1e6 * (on - off) for on, off in rounds]
+            if dist.get_rank() == 0:
+                print(
+                    f"{method:9} {1e6 * with_s:8.0f} us with, {1e6 * without_s:8.0f} us without: adds"
+                    f" {statistics.median(added):5.0f} us (rounds: {min(added):.0f} to {max(added):.0f}),"
+                    f" {statistics.median(added) / STEP_S / 1e4:.1f} % of a step of 10 ms"
+                )
+
+
+if __name__ == "__main__":
+    main()
