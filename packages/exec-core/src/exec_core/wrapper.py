@@ -157,7 +157,7 @@ def select_device(context: WorkerContext | None) -> None:
 
 def set_threads(threads: int) -> None:
     """CPU threads of torch in this process, whether it is imported already or not yet."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
