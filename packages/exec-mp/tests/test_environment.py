@@ -28,7 +28,8 @@ def test_variable_that_torch_reads_on_import(launch: Launch) -> None:
         with open("/proc/self/cmdline", "rb") as file:
             return os.environ.get("OMP_NUM_THREADS"), file.read().decode().split("\0")
 
-    executor = launch(2, worker_env=({"OMP_NUM_THREADS": "3"}, {"OTHER": "1"}))
+    device = ec.DeviceConfig(device="cpu", distributed_backend="none")  # which sets no number of threads itself
+    executor = launch(2, worker_env=({"OMP_NUM_THREADS": "3"}, {"OTHER": "1"}), device=device)
     (set_to, command), (_, forked) = executor.collective_rpc(seen)
 
     assert "3" == set_to
