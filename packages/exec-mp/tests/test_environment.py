@@ -2,9 +2,11 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
 import pytest
 
 import exec_core as ec
@@ -12,6 +14,8 @@ import exec_mp.executor
 from exec_core import devices
 
 Launch = Callable[..., ec.Executor]
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 
 def torch_threads(worker: Any) -> int:

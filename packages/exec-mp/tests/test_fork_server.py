@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy
 import pytest
 
@@ -18,6 +19,8 @@ from exec_core.testing.leaks import descendants
 from exec_core.testing.workers import EchoWorker
 
 Launch = Callable[..., ec.Executor]
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 
 @pytest.fixture
@@ -34,8 +37,11 @@ def servers() -> list[int]:
 
 
 def _parent(pid: int) -> str:
-    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-        return file.read().rpartition(")")[2].split()[1]
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+        return ""
+    return stat.rpartition(")")[2].split()[1]
 
 
 def test_preload_that_starts_threads_is_refused(launch: Launch, fresh: Path) -> None:
@@ -117,8 +123,11 @@ def test_server_comes_back_when_it_is_needed(launch: Launch) -> None:
 
 
 def _is_zombie(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-        return "Z" == file.read().rpartition(")")[2].split()[0]
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return "Z" == stat.rpartition(")")[2].split()[0]
 
 
 def test_nothing_is_left_after_its_end() -> None:
