@@ -65,7 +65,7 @@ def test_other_backends_answer_too(options: tuple[str, ...]) -> None:
 
 
 def test_json_has_an_object_for_each_prompt_and_a_summary(tmp_path: Path) -> None:
-    """And the first token comes soon after the program's start."""
+    """With --json there is one object for each prompt, in order, and one that sums up."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{QUESTION}\n\nList three fruits.\n")
     answers, summary = run_json("--prompts", str(prompts), "--max-tokens", "12", "--threads", "1")
