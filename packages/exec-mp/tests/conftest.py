@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ def _suite_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     tmp_path_factory.getbasetemp()
     import torch  # noqa: F401 # what its import leaves open is not ours
 
+    gc.collect()
+    gc.freeze()  # a collection after each test need not go through all of torch again
     with leak_check():
         yield
         exec_mp.stop_fork_server()

@@ -121,6 +121,11 @@ class Calls:
         """``entry`` was not sent after all."""
         self._drop(entry)
 
+    def withdraw_unsent(self, call: Call) -> None:
+        """The sending of ``call`` was interrupted, perhaps before anybody knew its entry."""
+        for entry in [entry for entry in self._open.values() if entry.call is call and entry.number is None]:
+            self._drop(entry)
+
     def _drop(self, entry: Entry) -> None:
         self._open.pop(entry.id, None)
         if self._gated and entry in self._gated:

@@ -127,8 +127,13 @@ class ProcessGroup:
         if limit is not None and body.nbytes > limit:
             raise MessageTooLargeError(call.name, body.nbytes, limit, "raise RpcConfig.max_message_bytes or send less")
         while True:
-            with self._send_lock:
-                sent = self._try_send(call, future, name, body)
+            try:
+                with self._send_lock:
+                    sent = self._try_send(call, future, name, body)
+            except KeyboardInterrupt:
+                with self._lock:
+                    self._calls.withdraw_unsent(call)
+                raise
             if sent is not None:
                 return sent
             if not wait or not self._receiver.wait_for_room(call.deadline):

@@ -235,9 +235,19 @@ def fork_server() -> ForkServer:
         return _server
 
 
+def open_session(preload: Sequence[str], private_root: str = "") -> Session:
+    """A session with this process's fork server, or with another one when that is just ending."""
+    while True:
+        server = fork_server()
+        try:
+            return server.open(preload, private_root)
+        except ConnectionError:  # its sockets close a moment before it can be reaped
+            server.stop()
+
+
 def prestart(preload: Sequence[str] = ("torch",)) -> None:
     """Starts the fork server early and has it import ``preload``, without waiting: the first executor then starts at once."""
-    fork_server().open(preload).close()
+    open_session(preload).close()
 
 
 def stop_fork_server() -> None:

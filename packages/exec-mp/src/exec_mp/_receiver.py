@@ -1,15 +1,15 @@
 """Who reads the replies: at most one leader at a time, a blocking caller if there is one.
 
-    wait(entry)      the caller leads: it looks at the reply words in its own thread, because a hand-over to another
-    thread
-                     costs more than the whole round trip; with a leader already there it sleeps until it is done or
-                     promoted
-    (background)     one thread sleeps on the fork server's session and, only while calls are pending and nobody leads,
-    on the
-                     bell; it finishes futures that nobody waits on, and owns their deadlines
+    wait(entry)    the caller leads: it looks at the reply words in its own thread, because a hand-over to another thread
+                   costs more than the whole round trip; with a leader there it sleeps until it is done or promoted
+    (background)   one thread sleeps on the workers' ends and, only while calls are pending and nobody leads, on the bell;
+                   it finishes futures that nobody waits on, and owns their deadlines
 
 ``_lock`` (the group's) guards the calls, ``_leader``, ``_followers``, ``_armed`` and ``_wake_at``. Only the leader
 touches the reply rings. Futures are finished, and callbacks run, with neither the lock nor the lead held.
+
+Ctrl-C may end the main thread's work between any two calls that it makes. So it leads only while its own call is the
+only one, which is then over anyway; replies to others' calls, and what they lead to, are the background thread's then.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from exec_mp._answers import decoded
 from exec_mp._calls import Calls, Entry
 from exec_mp._channel import Answer, DriverChannel
 from exec_mp._poller import Handler, Poller
+from exec_mp._wakeup import Wakeup
 
 _AFTER_ERROR_S = 0.05  # an error that comes again at once must not take a whole processor
+_MAIN = threading.main_thread().ident
 
 
 class Receiver:
@@ -68,7 +70,7 @@ class Receiver:
         self._leader: object | None = None
         self._followers: deque[Entry] = deque()
         self._todo: deque[Callable[[], object]] = deque()  # led to by replies; appended by the leader, popped by anyone
-        self._armed = False  # the background thread listens to the bell
+        self._armed: bool | None = False  # the background thread listens to the bell
         self._wake_at = math.inf  # when the background thread wakes by itself
         self._stopped = False
         self._poller = Poller(handlers, channel.bell, self._drain_in_background)
@@ -100,7 +102,9 @@ class Receiver:
         except BaseException as error:
             with self._lock:
                 self._calls.abandon(entry, error)
-            self.look_again()  # what this thread had still to do
+            self._unfollow(entry)  # Ctrl-C may have come in the middle of either
+            self._step_down(entry)
+            self.look_again()
             raise
         finally:
             if self._followers or self._calls:
@@ -111,12 +115,14 @@ class Receiver:
             with self._lock:
                 if entry.finished:
                     return
-                leads = self._leader is None
+                leads = self._leader is None and self._may_lead()
                 if leads:
                     self._leader = entry
                 else:
+                    if self._leader is None:
+                        self._arm(on=True)
                     if entry.waiter is None:
-                        entry.waiter = threading.Event()
+                        entry.waiter = Wakeup()
                     self._followers.append(entry)
             if leads:
                 self._lead(entry)
@@ -131,12 +137,15 @@ class Receiver:
 
     def _lead(self, entry: Entry) -> None:
         """Until ``entry`` is finished or due, or something is to be done without the lead."""
-        channel, todo = self._channel, self._todo
+        channel, todo, alone = self._channel, self._todo, threading.get_ident() == _MAIN
         spin_until = time.monotonic() + self._spin_s
         while not entry.finished and not todo:
             ranks = channel.look()
             now = time.monotonic()
             if ranks:
+                # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
+                if alone and len(self._calls) > 1:
+                    return
                 self._process(ranks)
                 spin_until = now + self._spin_s
             elif now < spin_until:
@@ -145,6 +154,9 @@ class Receiver:
                 return
             else:
                 channel.sleep(None if entry.due == math.inf else entry.due - now)
+
+    def _may_lead(self) -> bool:
+        return threading.get_ident() != _MAIN or len(self._calls) <= 1
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:
@@ -178,8 +190,10 @@ class Receiver:
             with self._lock:
                 if self._stopped:  # the channel may be gone; the next try to send says why
                     return True
-                if self._leader is None:
+                if self._leader is None and self._may_lead():
                     self._leader = leader
+                elif self._leader is None:
+                    self._arm(on=True)
             if self._leader is not leader:
                 time.sleep(0.0005)  # the leader lets them in; a ring's room is not announced
             elif ranks := self._channel.look():
@@ -192,7 +206,13 @@ class Receiver:
         return True
 
     def act(self) -> None:
-        """Without the lead: does what replies have led to. Whoever is interrupted in it leaves the rest to the next."""
+        """Without the lead: does what replies have led to."""
+        if self._todo and threading.get_ident() == _MAIN and not self._stopped:
+            self.look_again()
+        else:
+            self._run_todo()
+
+    def _run_todo(self) -> None:
         while self._todo:
             try:
                 act = self._todo.popleft()
@@ -265,9 +285,14 @@ class Receiver:
                 self._poller.wake()
 
     def _arm(self, on: bool) -> None:
-        if self._armed != on and not self._stopped:
-            self._armed = on
+        if self._stopped:
+            return
+        if self._armed is not on:
+            self._armed = None  # unknown, should Ctrl-C come before the end
             self._poller.listen(on)
+            self._armed = on
+        if on and self._channel.look():  # the last leader took back the ringing for more replies than it read
+            self._channel.ring()
 
     def _serve(self) -> None:
         while not self._stopped:
@@ -277,6 +302,7 @@ class Receiver:
                 # Nobody must wait for a thread that has given up. It goes on, since workers still have to be ended.
                 self._broken(error)
                 time.sleep(_AFTER_ERROR_S)
+        self._run_todo()
         with self._lock:
             self._poller.close()
 
@@ -288,6 +314,8 @@ class Receiver:
         """One round of the background thread: waits for something to happen until ``until`` at most, and deals with it."""
         with self._lock:
             self._wake_at = min(self._calls.due(), until)
+            if self._leader is None and not self._followers:  # whoever had it may have been interrupted
+                self._arm(bool(self._calls))
         self._poller.turn(self._wake_at)
         self.act()
         now = time.monotonic()
@@ -299,7 +327,8 @@ class Receiver:
     def _drain_in_background(self) -> bool:
         with self._lock:
             if self._stopped or self._leader is not None:
-                self._arm(on=False)
+                self._poller.listen(on=False)  # whether or not it is known to listen: Ctrl-C
+                self._armed = False
                 return True
             self._leader = self
         try:

@@ -16,7 +16,7 @@ from exec_core.group import WorkerGroup
 from exec_core.inprocess import InProcessGroup
 from exec_mp._channel import SPIN_S
 from exec_mp._group import ProcessGroup
-from exec_mp._launcher import LIMITS, Session, boot_record, fork_server, run_program
+from exec_mp._launcher import LIMITS, Session, boot_record, open_session, run_program
 from exec_mp._layout import Geometry
 from exec_mp._output import WorkerOutput
 from exec_mp._parts import Hooks, Parts
@@ -47,7 +47,7 @@ class MultiprocessingDistributedExecutor(Executor):
         rpc = self._config.rpc
         preload = rpc.preload if rpc.start_method == "forkserver" else ()
         try:
-            session = self._session = fork_server().open(preload, self._private_root)
+            session = self._session = open_session(preload, self._private_root)
             try:
                 session.ready(deadline)
                 return self._fork_group(session, inline, deadline)
@@ -116,7 +116,11 @@ class MultiprocessingDistributedExecutor(Executor):
 
     @property
     def _private_root(self) -> str:
-        return os.path.join(tempfile.gettempdir(), f"{self._name}-{self.generation}")
+        try:
+            directory = tempfile.gettempdir()
+        except FileNotFoundError:  # nothing can be written; workers that never ask for a directory do not care
+            directory = os.environ.get("TMPDIR", "/tmp")  # noqa: S108 # it will be refused, and so be named
+        return os.path.join(directory, f"{self._name}-{self.generation}")
 
     def _init(self, rank: int, placement: Placement, rendezvous: int | None, in_driver: bool) -> WorkerInit:
         relay = "relay" if self._config.log.worker_output == "log" else ""
