@@ -69,7 +69,9 @@ def begin(turn: int, digest: bytes = b"same", wait_s: float = 5.0) -> Frame:
 
 def exchange_all(run: Run, links: Sequence[Link], words: Sequence[Frame]) -> list[Kind]:
     """What each rank is told when all say their words."""
-    futures = [run(link.exchange, word, lambda: "mine") for link, word in zip(links, words, strict=True)]
+    futures = [
+        run(link.exchange, word, lambda: ("mine", b"mine".ljust(16))) for link, word in zip(links, words, strict=True)
+    ]
     return [future.result(10).kind for future in futures]
 
 
@@ -144,7 +146,7 @@ def test_a_large_value_goes_round(run: Run, links: list[Link]) -> None:
 
 def test_the_hub_answers_while_its_rank_is_away(run: Run, links: list[Link]) -> None:
     """Its thread tells the others that its rank has not come, though that rank says nothing at all."""
-    futures = [run(link.exchange, begin(0, wait_s=0.3), lambda: "mine") for link in links[1:]]
+    futures = [run(link.exchange, begin(0, wait_s=0.3), lambda: ("mine", b"mine".ljust(16))) for link in links[1:]]
     for future in futures:
         told = future.result(10)
         assert (Kind.DIVERGED, [b"no call, its last was none", b"mine", b"mine"]) == (

@@ -41,11 +41,13 @@ class Hub(Rounds):
             out = self.arrive(rank, Frame(kind, self.turn if turn is None else turn, parts, limit_s=limit_s), self.now)
         return out
 
-    def text(self, *ranks: int) -> Outgoing:
-        """The ranks describe their calls."""
+    def text(self, *ranks: int, call: str = "") -> Outgoing:
+        """The ranks describe their calls, which are ``call`` or each its own."""
         out: Outgoing = []
         for rank in ranks:
-            out = self.arrive(rank, Frame(Kind.TEXT, self.turn, ((rank, f"call of {rank}".encode()),)), self.now)
+            digest = (call or str(rank)).encode().ljust(16)
+            text = Frame(Kind.TEXT, self.turn, ((rank, f"call of {rank}".encode()),), digest)
+            out = self.arrive(rank, text, self.now)
         return out
 
     def leaves(self, rank: int) -> Outgoing:
@@ -89,6 +91,15 @@ def test_a_different_call_is_asked_for_at_once() -> None:
     told = {0: b"call of 0", 1: b"call of 1", 2: b"call of 2"}
     assert (Kind.DIVERGED, told, [0, 1, 2]) == verdict(hub.text(2))
     assert 1 == hub.turn
+
+
+def test_calls_that_only_look_different_go_on() -> None:
+    """Where the exact digests of all ranks are the same, the quick ones had nothing to say."""
+    hub = Hub()
+    hub.begin(0, 1)
+    hub.begin(2, call="looks different")
+    assert [] == hub.text(0, 1, call="the same")
+    assert (Kind.GO, {}, [0, 1, 2]) == verdict(hub.text(2, call="the same"))
 
 
 def test_who_does_not_come_to_different_calls_is_not_waited_for() -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
+import os
 import select
 import socket
 import struct
 import time
+import weakref
 
 import attrs
 
@@ -85,6 +87,9 @@ class Frame:
         return b"".join([head, *table, *[body for _, body in parts]])
 
 
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
 class Connection:
     """A socket that carries frames. One thread sends at a time, one receives."""
 
@@ -96,7 +101,8 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK_S)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _STUCK_S)
         self.sock = sock
-        self._buffer = bytearray()
+        _open.add(self)
+        self._buffer: bytes | bytearray = b""
         self._missing = 0  # of the frame that has begun to come, as far as is known
         self.ended = False  # the other side has closed, or the connection broke
 
@@ -124,8 +130,13 @@ class Connection:
             return False
         except OSError:
             data = b""
-        self._buffer += data
         self.ended = not data
+        if not self._buffer:
+            self._buffer = data
+        else:
+            if isinstance(self._buffer, bytes):
+                self._buffer = bytearray(self._buffer)
+            self._buffer += data
         return True
 
     def pop(self) -> Frame | None:
@@ -139,20 +150,30 @@ class Connection:
             self.ended = True
         if len(buffer) < end or self.ended:
             return None
-        table = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)]
-        self._missing = end + sum([nbytes for _, nbytes in table]) - len(buffer)
-        if self._missing > 0:
-            return None
         parts = []
-        for number, nbytes in table:
-            parts.append((number, bytes(buffer[end : end + nbytes])))
-            end += nbytes
-        del buffer[:end]
+        if n_parts:
+            table = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)]
+            self._missing = end + sum([nbytes for _, nbytes in table]) - len(buffer)
+            if self._missing > 0:
+                return None
+            for number, nbytes in table:
+                parts.append((number, bytes(buffer[end : end + nbytes])))
+                end += nbytes
+        self._buffer = buffer[end:] if len(buffer) > end else b""
         return Frame(_KINDS[kind], turn, tuple(parts), digest, wait_s, limit_s)
 
     def close(self) -> None:
         self.ended = True
         self.sock.close()
+
+
+def _close_in_child() -> None:
+    """A forked child of the host's keeps no connection open: its end would not tell the others that the host has died."""
+    for connection in list(_open):
+        connection.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def wait_readable(sock: socket.socket, timeout_s: float) -> bool:

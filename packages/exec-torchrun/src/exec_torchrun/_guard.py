@@ -9,9 +9,11 @@ it. So a difference shows before it can hang a collective, and an error of one r
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import struct
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from exec_core.calls import Call
 from exec_core.errors import RankDivergenceError, RpcTimeoutError, WorkerDiedError, WorkerError
 from exec_core.messages import Encoded, Failure, Reply, Request
 from exec_core.wrapper import WorkerWrapper, settle
-from exec_torchrun._digest import PerRank, describe_call, digest_call, own_value
+from exec_torchrun._digest import PerRank, describe_call, exact_digest, own_value, quick_digest
 from exec_torchrun._frames import Frame, Kind, Part
 from exec_torchrun._link import Link
 
@@ -47,6 +49,11 @@ class Plan(Request):
     timeout_s: float | None = None
     deadline: float = math.inf
     max_concurrent: int | None = None
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What beside method and arguments must be the same on all ranks."""
+        return self.ranks, self.reply_ranks, self.gather
 
     @classmethod
     def of(cls, call: Call, gather: bool) -> Plan:
@@ -135,10 +142,15 @@ class GuardedWrapper(WorkerWrapper):
         number = self._calls = self._calls + 1
         word = self._word(plan, Kind.BEGIN, ((self._index, f"call {number}: {plan.name}".encode()),))
         if self._apart_s is not None and self.context is not None:  # the start itself has all the time of the start
-            word.digest = digest_call(plan.method, plan.args, plan.kwargs, (plan.ranks, plan.reply_ranks, plan.gather))
+            word.digest = quick_digest(plan.method, plan.args, plan.kwargs, plan.options)
             word.wait_s = self._apart_s
+        return link.exchange(word, functools.partial(self._description, number, plan))
+
+    def _description(self, number: int, plan: Plan) -> tuple[str, bytes]:
+        """The call in words, and exactly which it is."""
         only = f" on ranks {list(plan.ranks)}" if len(plan.ranks) < self._size else ""
-        return link.exchange(word, lambda: f"call {number}: {describe_call(plan.method, plan.args, plan.kwargs)}{only}")
+        words = f"call {number}: {describe_call(plan.method, plan.args, plan.kwargs)}{only}"
+        return words, exact_digest(plan.method, plan.args, plan.kwargs, plan.options)
 
     def _in_waves(self, link: Link, plan: Plan) -> tuple[Reply, Frame]:
         """Runs it when it is this rank's turn: all ranks at once, or so many at a time."""
@@ -187,8 +199,8 @@ class GuardedWrapper(WorkerWrapper):
                 return value, None, ((self._index, _pack(messages.encode(value, f"the value of {plan.name}"))),)
             except BaseException as unsettled:
                 error = unsettled
-        if isinstance(error, KeyboardInterrupt):
-            raise error
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise error  # the user's Ctrl-C, not the worker's
         if not isinstance(error, Exception):
             why = WorkerError(self.rank, os.getpid(), plan.name, type(error).__qualname__, str(error))
             why.__cause__, error = error, why

@@ -28,17 +28,26 @@ from exec_torchrun._rounds import DESCRIBE_S, Outgoing, Rounds
 _TICK_S = 0.05
 _SILENCE_S = 10.0  # how much later than due a verdict may come before the hub's machine counts as gone
 
-Describe = Callable[[], str]
+Describe = Callable[[], tuple[str, bytes]]
+
+
+def _nothing() -> tuple[str, bytes]:
+    return "", bytes(16)
+
+
+def _text(index: int, turn: int, describe: Describe) -> Frame:
+    words, digest = describe()
+    return Frame(Kind.TEXT, turn, ((index, words.encode(errors="backslashreplace")),), digest)
 
 
 class Link(Protocol):
     """One rank's end."""
 
-    def exchange(self, word: Frame, describe: Describe = str) -> Frame:
+    def exchange(self, word: Frame, describe: Describe = _nothing) -> Frame:
         """Says ``word`` and returns the verdict of its turn, or DIED.
 
         Args:
-            describe: the call in words, for when the calls of the ranks differ.
+            describe: the call in words and its exact digest, for when those of the words differ.
         """
 
     def leave(self, turn: int, deadline: float) -> Frame | None:
@@ -56,14 +65,14 @@ class Member:
         self._connection = connection
         self._hub_gone = Frame(Kind.DIED, 0, ((0, str(hub_pid).encode()),))
 
-    def exchange(self, word: Frame, describe: Describe = str) -> Frame:
+    def exchange(self, word: Frame, describe: Describe = _nothing) -> Frame:
         patience_s = min(word.limit_s, word.wait_s) + DESCRIBE_S + _SILENCE_S
         self._connection.send(word)
         return self._verdict(word.turn, time.monotonic() + patience_s, describe) or self._hub_gone
 
     def leave(self, turn: int, deadline: float) -> Frame | None:
         self._connection.send(Frame(Kind.LEAVE, turn))
-        verdict = self._verdict(turn, deadline, str)
+        verdict = self._verdict(turn, deadline, _nothing)
         return self._hub_gone if verdict is None and self._connection.ended else verdict
 
     def _verdict(self, turn: int, deadline: float, describe: Describe) -> Frame | None:
@@ -71,7 +80,7 @@ class Member:
             if frame.kind is Kind.DIED or (frame.turn == turn and frame.kind is not Kind.DESCRIBE):
                 return frame
             if frame.turn == turn:
-                self._connection.send(Frame(Kind.TEXT, turn, ((self._index, describe().encode()),)))
+                self._connection.send(_text(self._index, turn, describe))
         return None
 
     def close(self) -> None:
@@ -110,13 +119,13 @@ class Hub:
         self._thread = threading.Thread(target=self._attend, name="exec-torchrun-hub", daemon=True)
         self._thread.start()
 
-    def exchange(self, word: Frame, describe: Describe = str) -> Frame:
+    def exchange(self, word: Frame, describe: Describe = _nothing) -> Frame:
         verdict = self._meet(word, math.inf, describe)
         assert verdict is not None  # it is waited for without a limit: the rounds have one
         return verdict
 
     def leave(self, turn: int, deadline: float) -> Frame | None:
-        verdict = self._meet(Frame(Kind.LEAVE, turn), deadline, str)
+        verdict = self._meet(Frame(Kind.LEAVE, turn), deadline, _nothing)
         if verdict is None:
             with self._serving:
                 self._deliver(self._rounds.leave())
@@ -147,8 +156,7 @@ class Hub:
             if frame.kind is Kind.DIED or (frame.turn == turn and frame.kind is not Kind.DESCRIBE):
                 return frame
             if frame.turn == turn:
-                text = Frame(Kind.TEXT, turn, ((0, describe().encode()),))
-                self._deliver(self._rounds.arrive(0, text, time.monotonic()))
+                self._deliver(self._rounds.arrive(0, _text(0, turn, describe), time.monotonic()))
         return None
 
     def _attend(self) -> None:
@@ -177,7 +185,8 @@ class Hub:
             self._take(index)
             if connection.ended:
                 self._lose(index)
-        self._deliver(self._rounds.expire(time.monotonic()))
+        if (due := self._rounds.due) < math.inf and (now := time.monotonic()) >= due:
+            self._deliver(self._rounds.expire(now))
 
     def _take(self, index: int) -> None:
         while (frame := self._members[index].pop()) is not None:

@@ -4,7 +4,8 @@ The ranks of a replica meet in turns. In each turn every rank says one word and 
 all go on alike:
 
     begin   BEGIN of every rank, same call                -> GO
-            BEGIN of different calls, or none in time     -> DESCRIBE to those present, then DIVERGED
+            BEGIN of different calls, or none in time     -> DESCRIBE to those present, then DIVERGED, or GO where the
+                                                             exact digests are the same
             LEAVE of every rank                           -> BYE
     end     END of every rank                             -> DONE
             ERROR of some, and the rest has come as well  -> FAILED
@@ -40,7 +41,7 @@ class Rounds:
         self.turn = 0
         self._words: dict[int, Frame] = {}  # of this turn
         self._ends = False  # whether this turn ends a call
-        self._texts: dict[int, bytes] | None = None  # what each rank's call is, once they are known to differ
+        self._texts: dict[int, Frame] | None = None  # what each rank's call is, once they seem to differ
         self._over = math.inf  # when the time of a call of this turn is over
         self._apart = math.inf  # when the ranks that are not here count as diverged, or as stuck
         self._absent_are_late = False
@@ -60,7 +61,7 @@ class Rounds:
         if frame.kind is Kind.TEXT:
             if self._texts is None or frame.turn != self.turn:
                 return []
-            self._texts[rank] = frame.parts[0][1]
+            self._texts[rank] = frame
             return self._diverged_if_known()
         self._inside.discard(rank)
         if frame.turn < self.turn:
@@ -134,9 +135,12 @@ class Rounds:
         return [(rank, Frame(Kind.DESCRIBE, self.turn)) for rank in ranks if self._words[rank].kind is Kind.BEGIN]
 
     def _diverged_if_known(self) -> Outgoing:
+        texts = self._texts or {}
         expected = len(self._words) if self._absent_are_late else self._size
-        if len(self._texts or ()) + len(self._of(Kind.LEAVE)) < expected:
+        if len(texts) + len(self._of(Kind.LEAVE)) < expected:
             return []
+        if len(texts) == self._size and len({text.digest for text in texts.values()}) == 1:
+            return self._verdict(Kind.GO)  # equal calls that did not look equal
         return self._verdict(Kind.DIVERGED, self._described())
 
     # Verdicts
@@ -146,7 +150,7 @@ class Rounds:
         for rank in range(self._size):
             word = self._words.get(rank)
             if self._texts is not None and rank in self._texts:
-                text = self._texts[rank]
+                text = self._texts[rank].parts[0][1]
             elif word is None:
                 text = b"no call, its last was " + self._last_call[rank]
             else:

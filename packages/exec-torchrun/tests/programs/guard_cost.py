@@ -17,7 +17,7 @@ import exec_core as ec
 from exec_torchrun import ExecutorWithExternalLauncher
 
 STEP_S, STEPS, ROUNDS = 0.01, 50, 12
-REQUEST = {"tokens": [list(range(512)) for _ in range(4)], "sampling": {"temperature": 0.7, "seed": 1}}
+REQUEST = {"tokens": [[7]] * 8, "blocks": [list(range(20))] * 8, "sampling": {"temperature": 0.7, "seed": 1}}
 
 
 class Steps(ec.Worker):
