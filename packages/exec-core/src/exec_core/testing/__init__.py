@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 
 __all__ = ["ExecutorContract", "Gate", "eventually", "leak_check", "snapshot"]
 
-_PARTS = ("base", "calls", "contract", "engine", "failures", "futures", "lifecycle", "start", "values")
+_PARTS = (
+    "base",
+    "calls",
+    "contract",
+    "deadlines",
+    "engine",
+    "environment",
+    "failures",
+    "futures",
+    "lifecycle",
+    "start",
+    "values",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from exec_core.testing.calls import CallContract
+from exec_core.testing.deadlines import DeadlineContract
 from exec_core.testing.engine import EngineContract
+from exec_core.testing.environment import EnvironmentContract
 from exec_core.testing.failures import FailureContract
 from exec_core.testing.futures import FutureContract
 from exec_core.testing.lifecycle import LifecycleContract
@@ -12,7 +14,15 @@ from exec_core.testing.values import ValueContract
 
 
 class ExecutorContract(
-    CallContract, ValueContract, FailureContract, FutureContract, EngineContract, LifecycleContract, StartContract
+    CallContract,
+    ValueContract,
+    FailureContract,
+    FutureContract,
+    DeadlineContract,
+    EngineContract,
+    LifecycleContract,
+    StartContract,
+    EnvironmentContract,
 ):
     """Subclass it in a test module, say which backend and which world, and run it with pytest.
 

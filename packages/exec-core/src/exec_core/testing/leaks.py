@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -88,9 +89,8 @@ def leak_check(
 
         yield
         if left():
-            gc.collect()  # a cycle may hold what its owner has dropped already
-            with contextlib.suppress(TimeoutError):
-                eventually(lambda: not left(), deadline_s=_SETTLE_S)
+            with contextlib.suppress(TimeoutError):  # a cycle may hold what its owner has dropped, or is about to drop
+                eventually(lambda: gc.collect() >= 0 and not left(), deadline_s=_SETTLE_S, every_s=0.01)
         if found := left():
             raise AssertionError(f"left behind: {found}")
 
@@ -156,10 +156,12 @@ def _read(pid: int, name: str) -> bytes:
 
 def _command(pid: int) -> str:
     try:
-        text = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+        # It is empty for a zombie, and for a moment while a program is being started.
+        while not (text := _read(pid, "cmdline")) and _read(pid, "stat").rpartition(b")")[2].split()[0] not in b"ZX":
+            time.sleep(0.001)
     except OSError:
         return "(ended)"
-    return text[:_COMMAND_LENGTH] or "(zombie)"
+    return text.replace(b"\0", b" ").decode(errors="replace").strip()[:_COMMAND_LENGTH] or "(zombie)"
 
 
 def _descriptors() -> list[str]:

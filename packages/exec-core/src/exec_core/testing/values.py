@@ -283,6 +283,6 @@ class ValueContract(ContractBase):
     def test_module_functions_travel_by_name(self, executor: Executor) -> None:
         """A function of a module that workers can import is theirs, not a copy."""
         assert [True] * len(self.world()) == executor.collective_rpc(
-            lambda worker, function: function is __import__("sys").modules[function.__module__].where_am_i,
-            args=(workers.where_am_i,),
+            lambda worker, function: function is __import__("sys").modules[function.__module__].wait_at,
+            args=(workers.wait_at,),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -123,22 +122,6 @@ class FailingWorker(EchoWorker):
         self._reach("shutdown")
 
 
-class ExitingWorker(EchoWorker):
-    """Ends its process in one phase on one rank, as a crash would."""
-
-    def __init__(self, context: WorkerContext, phase: str, rank: int, code: int = 3) -> None:
-        super().__init__(context)
-        self._phase, self._rank, self._code = phase, rank, code
-        self._reach("__init__")
-
-    def _reach(self, phase: str) -> None:
-        if (phase, self.context.rank) == (self._phase, self._rank):
-            os._exit(self._code)
-
-    def load_model(self) -> None:
-        self._reach("load_model")
-
-
 class HoldingWorker(EchoWorker):
     """Waits at a gate in one phase."""
 
@@ -160,13 +143,7 @@ class LoadingWorker(EchoWorker):
         self.most_at_once = 0
 
     def load_model(self) -> None:
-        mark = os.path.join(self._directory, f"loading-{self.context.rank}")
-        with open(mark, "w", encoding="ascii"):
-            until = time.monotonic() + self._load_s
-            while time.monotonic() < until:
-                self.most_at_once = max(self.most_at_once, len(os.listdir(self._directory)))
-                time.sleep(0.001)
-        os.unlink(mark)
+        self.most_at_once = overlap(self, self._directory, self._load_s)
 
 
 class ProgressWorker(EchoWorker):
@@ -317,16 +294,6 @@ def overlap(worker: Any, directory: str, work_s: float = 0.01) -> int:
             time.sleep(0.001)
     os.unlink(mark)
     return seen
-
-
-def modules_imported(worker: Any, name: str) -> bool:
-    """Whether this rank's process has imported a module."""
-    return name in sys.modules
-
-
-def where_am_i(worker: Any) -> int:
-    """This rank."""
-    return int(worker.context.rank)
 
 
 def call_hosted(worker: Any) -> Any:
