@@ -27,6 +27,7 @@ nox.options.sessions = ["lint", "types", "tests", "build", "integration"]
 
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
+TESTS_S = 1800  # the longest that the tests of one session may take
 PACKAGES = ("exec-core", "exec-uniproc", "exec-mp", "exec-torchrun")
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
@@ -116,7 +117,14 @@ def tests(session: nox.Session, package: str) -> None:
     install_packages(session, installed, *group("test"))
     session.env["PYTHONPATH"] = None
     check_isolation(session, package, installed)
-    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+    run_tests(session, "pytest", f"packages/{package}/tests", *session.posargs)
+
+
+def run_tests(session: nox.Session, *command: str, **env: str) -> None:
+    """Run pytest, and end it where a test hangs in a way that pytest's own limit misses: in the clean-up of a failed one."""
+    # SIGABRT: pytest's faulthandler shows all stacks before it dies.
+    limit = ("timeout", "--foreground", "--signal=ABRT", "--kill-after=30", str(TESTS_S))
+    session.run(*limit, *command, env=env, external=True)
 
 
 def check_isolation(session: nox.Session, package: str, installed: tuple[str, ...]) -> None:
@@ -169,7 +177,7 @@ def check_wheel(session: nox.Session, package: str) -> None:
 def integration(session: nox.Session) -> None:
     """Test all packages together on CPU, with a real model. Arguments go to pytest."""
     install_application(session, "integration")
-    session.run("pytest", "integration/tests", *session.posargs, env={"EXEC_TEST_DEVICE": "cpu"})
+    run_tests(session, "pytest", "integration/tests", *session.posargs, EXEC_TEST_DEVICE="cpu")
 
 
 @nox.session(requires=["wheels"])
@@ -191,7 +199,7 @@ def gpu_integration(session: nox.Session) -> None:
             session.error(f"--no-venv installs nothing, and {python} lacks {', '.join(sorted(missing))}")
     check_cuda(session, python)
     pytest = (python, "-P", "-m", "pytest")  # -P: the repository's root is no place to import from
-    session.run(*pytest, "integration/tests", *session.posargs, env={"EXEC_TEST_DEVICE": "cuda"})
+    run_tests(session, *pytest, "integration/tests", *session.posargs, EXEC_TEST_DEVICE="cuda")
 
 
 def check_cuda(session: nox.Session, python: str) -> None:
