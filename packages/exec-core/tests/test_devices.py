@@ -149,20 +149,3 @@ def test_threads(configured: int | None, env: dict[str, str], expected: int | No
 def test_more_ranks_than_cores_get_a_thread_each() -> None:
     """Every rank has a thread at least."""
     assert 1 == devices.threads_per_worker(DeviceConfig(), 10_000, {})
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Ranks get disjoint neighbouring cores, and together all of them."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 4, 5, 8, 9})
-    shares = [devices.cores_of_rank(rank, size) for rank in range(size)]
-
-    assert {2, 3, 4, 5, 8, 9} == frozenset().union(*shares)
-    assert 6 == sum(map(len, shares))
-
-
-def test_cores_fewer_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer cores than ranks they take turns, one core each."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 7})
-
-    assert [{4}, {7}, {4}] == [devices.cores_of_rank(rank, 3) for rank in range(3)]

@@ -11,7 +11,7 @@ import pytest
 
 import exec_core as ec
 import exec_mp.executor
-from exec_core import devices
+from exec_core import affinity, devices
 
 Launch = Callable[..., ec.Executor]
 
@@ -88,9 +88,8 @@ def test_cores_are_pinned_when_asked_for(launch: Launch) -> None:
     pinned = launch(2, device=ec.DeviceConfig(device="cpu", distributed_backend="none", cpu_affinity="auto"))
     free = launch(2)
 
-    assert [devices.cores_of_rank(rank, 2) for rank in (0, 1)] == pinned.collective_rpc(
-        lambda worker: os.sched_getaffinity(0)
-    )
+    expected = affinity.cores_of_ranks(devices.Placement("cpu"), 2)
+    assert list(expected) == pinned.collective_rpc(lambda worker: os.sched_getaffinity(0))
     assert [os.sched_getaffinity(0)] * 2 == free.collective_rpc(lambda worker: os.sched_getaffinity(0))
 
 

@@ -120,7 +120,7 @@ class DeviceConfig:
         device_ids: one per local rank: indices into the visible devices, or UUIDs or MIG names, which are never parsed.
         distributed_backend: None is nccl on cuda and gloo on cpu; ``none``: the workers join no process group.
         threads_per_worker: CPU threads of torch in each worker; None: the cores shared out over the ranks.
-        cpu_affinity: ``auto`` pins each rank to its own cores.
+        cpu_affinity: ``auto`` pins each rank to cores of its own, on CUDA those near its GPU (the same NUMA node).
     """
 
     device: Device = attrs.field(default="auto", validator=_choice(Device))

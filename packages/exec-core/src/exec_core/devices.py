@@ -1,4 +1,4 @@
-"""Devices and cores: what is there, and which rank gets which. Nothing here creates a CUDA context in this process."""
+"""Devices: what is there, and which rank gets which. Nothing here creates a CUDA context in this process."""
 
 from __future__ import annotations
 
@@ -143,14 +143,6 @@ def threads_per_worker(device: DeviceConfig, local_size: int, env: Mapping[str, 
     if omp.isdigit() and int(omp) > 0:
         return int(omp)
     return max(1, len(os.sched_getaffinity(0)) // local_size)
-
-
-def cores_of_rank(local_rank: int, local_size: int) -> frozenset[int]:
-    """Disjoint cores of a rank, neighbours together; with fewer cores than ranks, one core, shared in turn."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < local_size:
-        return frozenset({cores[local_rank % len(cores)]})
-    return frozenset(cores[local_rank * len(cores) // local_size : (local_rank + 1) * len(cores) // local_size])
 
 
 def index_in_this_process(placement: Placement, local_rank: int) -> int:

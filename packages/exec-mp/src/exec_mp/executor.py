@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import ClassVar
 
-from exec_core import devices, logs
+from exec_core import affinity, devices, logs
 from exec_core.context import WorkerInit
 from exec_core.devices import Placement
 from exec_core.errors import ConfigError, ExecutorError, WorkerStartupError
@@ -79,8 +80,9 @@ class MultiprocessingDistributedExecutor(Executor):
                 self._init(rank, placement, RENDEZVOUS_FD if rank in ranks else parts.rendezvous, inline and rank == 0)
                 for rank in self._all_ranks
             ]
+            cores = self._cores(session, placement, deadline)
             for rank in ranks:
-                self._fork(parts, placement, rank, deadline)
+                self._fork(parts, placement, rank, cores[rank], deadline)
             hooks = Hooks(failed=self._fail, progress=self._report_progress, room=self._room, log=self._log)
             return ProcessGroup(inits, parts, hooks)
         except BaseException:
@@ -92,12 +94,22 @@ class MultiprocessingDistributedExecutor(Executor):
         path = os.path.join(directory, f"{self._name}-{self.generation}-rank-{rank}.log")
         return WorkerOutput(self._config.log, path, rank, self._log)
 
-    def _fork(self, parts: Parts, placement: Placement, rank: int, deadline: float) -> None:
+    def _cores(self, session: Session, placement: Placement, deadline: float) -> Sequence[frozenset[int] | None]:
+        """The cores of each rank; None for those of the driver."""
+        if placement.kind == "none" or self._config.device.cpu_affinity != "auto":
+            return [None] * self.world_size
+        listing = run_program(session, affinity.LIST_PROGRAM, {}, deadline) if placement.kind == "cuda" else ""
+        return affinity.cores_of_ranks(placement, self.world_size, listing)
+
+    def _fork(
+        self, parts: Parts, placement: Placement, rank: int, cores: frozenset[int] | None, deadline: float
+    ) -> None:
         device, size = self._config.device, self.world_size
         env = {**placement.env(), **self._config.env_of_rank(rank)}
         handled = placement.kind != "none"
         threads = devices.threads_per_worker(device, size, {**os.environ, **env}) if handled else None
-        cores = devices.cores_of_rank(rank, size) if handled and device.cpu_affinity == "auto" else None
+        if threads is not None and cores is not None and device.threads_per_worker is None:
+            threads = min(threads, len(cores))
         boot = boot_record("exec_mp._worker_main:main", (parts.channel.geometry, rank, threads), env, cores)
         execs = self._config.rpc.start_method == "spawn" or any(name.startswith(_READ_AT_IMPORT) for name in env)
         fds = [*parts.output[rank].descriptors, parts.rendezvous, parts.channel.fd, parts.channel.bells[rank]]
