@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 integration/generate.py --backend torchrun "What is 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ from reference_llm.steps import Sampling  # noqa: E402
 from reference_llm.tokenizer import Tokenizer  # noqa: E402
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
+RANK_0_S = 10.0  # for rank 0 of a launched job to say what all ranks have met
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def complain(options: argparse.Namespace, why: object, code: int) -> int:
     """Says in one line why the program ends."""
     first_line, *_ = [*str(why).splitlines(), type(why).__name__]
-    if prints(options):
-        print(f"generate: {first_line}", file=sys.stderr)
+    if not prints(options):
+        # The launcher ends all ranks when the first one has failed: the one that prints comes first, if it fails too.
+        time.sleep(RANK_0_S)
+        first_line = f"rank {os.environ['RANK']}: {first_line}"
+    print(f"generate: {first_line}", file=sys.stderr)
     return code
 
 

@@ -76,3 +76,12 @@ def children(pid: int) -> list[int]:
 def descendants(pid: int) -> list[int]:
     """Pids of its children, and of theirs."""
     return [one for child in children(pid) for one in (child, *descendants(child))]
+
+
+def fork_server() -> int:
+    """Pid of this process's fork server."""
+    for pid in children(os.getpid()):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+            if b"exec_mp._forkserver" in file.read():
+                return pid
+    raise RuntimeError("this process has no fork server")

@@ -13,12 +13,11 @@ import attrs
 
 import exec_core
 import exec_mp
-from chaos_parts.faults import Fault, children, choose, descendants
+from chaos_parts.faults import Fault, children, choose, fork_server
 from chaos_parts.load import Callers
 from chaos_parts.worker import ChaosWorker
 from exec_core import ExecutorError, State
 from exec_core.testing import eventually
-from exec_mp._launcher import fork_server
 
 BOUND_S = 40.0  # for a start, a restart or a shutdown to come to its end
 SHUTDOWN_S = 2.0
@@ -117,7 +116,7 @@ class _Execution:
     def run(self) -> str:
         """Plays it to its end; in a few words what happened."""
         exec_mp.prestart(())  # a round may have ended it
-        server = fork_server().pid
+        server = fork_server()
         if self._moment in {"start", "load"}:
             thread = self._in_background(lambda: self._fault.strike(self._victims(server)))
         started = self._bounded("start", self._start)
@@ -215,6 +214,3 @@ def _quietly(act: Callable[[], None]) -> None:
         act()
     except ExecutorError:
         return
-
-
-__all__ = ["Round", "descendants", "play"]

@@ -45,11 +45,3 @@ class TestInlineTensorParallel(MpContract):
     parallel = ec.ParallelConfig(tensor_parallel_size=2, driver_worker="inline")
     local_ranks = frozenset({0})
     alone = True
-
-
-class TestInlinePipelineParallel(MpContract):
-    """The first stage in the caller's process, the second in its own."""
-
-    parallel = ec.ParallelConfig(pipeline_parallel_size=2, driver_worker="inline")
-    local_ranks = frozenset({0})
-    alone = True
