@@ -112,7 +112,7 @@ class InlineWorker:
             reply = self._execute(request)
         finally:
             self._hand_on()
-        return self._settled(request, reply)
+        return reply if reply.value is None else self._settled(request, reply)
 
     def run(self, job: Job, deadline: float, late: Callable[[Reply], None]) -> Reply | None:
         """Runs ``job`` on the calling thread when its turn comes.
