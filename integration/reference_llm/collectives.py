@@ -17,13 +17,13 @@ class Collectives:
     """What the model of one rank needs of `torch.distributed`.
 
     Args:
-        context: of the worker; its groups may be absent when there is one rank.
+        context: of the worker; its groups may be absent when there is one rank. None: a model that is no worker's, whole.
     """
 
-    def __init__(self, context: WorkerContext) -> None:
-        self.tp_rank, self.tp_size = context.tp_rank, context.tp_size
-        self.pp_rank, self.pp_size = context.pp_rank, context.pp_size
-        self._groups = context.groups
+    def __init__(self, context: WorkerContext | None) -> None:
+        self.tp_rank, self.tp_size = (0, 1) if context is None else (context.tp_rank, context.tp_size)
+        self.pp_rank, self.pp_size = (0, 1) if context is None else (context.pp_rank, context.pp_size)
+        self._groups = None if context is None else context.groups
         # Sends under way, oldest first. Each keeps its tensor alive until it has left.
         self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
 

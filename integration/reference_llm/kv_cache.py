@@ -31,6 +31,11 @@ class PagedKVCache:
         shape = (num_blocks * block_size, *self._token_shape)
         self._slots = {layer: _zeros(shape, dtype, device) for layer in layers}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its blocks."""
+        return sum(slots.nbytes for slots in self._slots.values())
+
     @staticmethod
     def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes of one block over ``num_layers`` layers."""

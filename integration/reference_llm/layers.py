@@ -52,15 +52,19 @@ class Attention(nn.Module):
         self.qkv = nn.Parameter(torch.cat(qkv), requires_grad=False)
         self.out = nn.Parameter(checkpoint.columns(f"blk.{layer}.attn_output.weight", heads), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, turns: torch.Tensor, layout: Layout, cache: PagedKVCache) -> torch.Tensor:
-        """``[tokens, hidden]`` to the same; ``turns`` is ``[tokens, 1, head_dim / 2]``, complex."""
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, layout: Layout, cache: PagedKVCache | None) -> torch.Tensor:
+        """``[tokens, hidden]`` to the same; ``turns`` is ``[tokens, 1, head_dim / 2]``, complex.
+
+        Without a cache nothing is kept, and only whole prompts can be computed.
+        """
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = linear(x, self.qkv).view(-1, heads, self.head_dim)
         rotate_(qkv[:, : -self.num_kv_heads], turns)
         q, k, v = torch.split(qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        cache.write(self.layer, layout.slots, qkv[:, self.num_heads :])
+        if cache is not None:
+            cache.write(self.layer, layout.slots, qkv[:, self.num_heads :])
         parts = [self._attend_prompt(q[part], k[part], v[part]) for part in layout.prompts]
-        if layout.tables.shape[0]:
+        if layout.tables.shape[0] and cache is not None:
             parts.append(self._attend_cached(q[layout.continued], layout, cache))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.collectives.sum_over_shards(linear(attended, self.out))
@@ -122,7 +126,7 @@ class Layer(nn.Module):
         self.mlp_norm = RmsNorm(f"blk.{layer}.ffn_norm.weight", hparams, checkpoint)
         self.mlp = Mlp(hparams, layer, checkpoint, collectives)
 
-    def forward(self, x: torch.Tensor, turns: torch.Tensor, layout: Layout, cache: PagedKVCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, layout: Layout, cache: PagedKVCache | None) -> torch.Tensor:
         """``[tokens, hidden]`` to the same."""
         x = x + self.attention(self.attention_norm(x), turns, layout, cache)
         out: torch.Tensor = x + self.mlp(self.mlp_norm(x))

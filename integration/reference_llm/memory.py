@@ -1,7 +1,8 @@
-"""How much memory the KV cache of one rank may take."""
+"""How much memory the KV cache of one rank may take, and how much a process has taken at its peak."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -61,3 +62,22 @@ def available_cuda_bytes(device: torch.device, utilization: float) -> int:
     free, total = torch.cuda.mem_get_info(device)
     held_elsewhere = total - free - torch.cuda.memory_reserved(device)
     return int(total * utilization) - held_elsewhere - torch.cuda.max_memory_allocated(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held since `reset_peak`: of the device, or of the host where that is the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def reset_peak(device: torch.device) -> int:
+    """Starts measuring the peak anew; returns it, which is what the process holds now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # What the allocator has kept would hide new allocations: they would be made there.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes(device)

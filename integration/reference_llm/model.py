@@ -101,8 +101,8 @@ class Llama(nn.Module):
         frequencies = 1.0 / self.hparams.rope_base**exponents
         return frequencies / checkpoint.vector(ROPE_FACTORS) if self.hparams.rope_factors else frequencies
 
-    def forward(self, layout: Layout, cache: PagedKVCache) -> torch.Tensor | None:
-        """Computes this stage's part of a step.
+    def forward(self, layout: Layout, cache: PagedKVCache | None) -> torch.Tensor | None:
+        """Computes this stage's part of a step; without a cache, of whole prompts alone.
 
         Returns:
             On the last stage, logits ``[sequences, vocabulary of this shard]`` in float32; None before.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -16,7 +16,9 @@ from reference_llm.layout import lay_out
 from reference_llm.memory import available_cuda_bytes, available_host_bytes
 from reference_llm.model import Llama
 from reference_llm.sampling import choose_tokens
+from reference_llm.scoring import log_probabilities
 from reference_llm.steps import Sampling, SequenceStep, StepRequest
+from reference_llm.weights import update_weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,6 +56,7 @@ class LlamaWorker(Worker):
         self._tensors = tensors
         self._model: Llama | None = None
         self._cache: PagedKVCache | None = None
+        self._num_blocks: int | None = None  # of the cache that the engine wants, also while it sleeps
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +138,7 @@ class LlamaWorker(Worker):
             dtype=self.dtype,
             device=self.device,
         )
+        self._num_blocks = num_gpu_blocks
 
     def execute_model(self, request: StepRequest) -> list[int] | None:
         """Computes one step.
@@ -154,3 +158,47 @@ class LlamaWorker(Worker):
             if logits is None:
                 return None
             return choose_tokens(logits, model, request.sequences)
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the KV cache and the device's memory of the weights: level 1 keeps them on the host, level 2 drops them.
+
+        Raises:
+            ValueError: for another level.
+        """
+        if level not in {1, 2}:
+            raise ValueError(f"level must be 1 (weights to the host) or 2 (weights dropped), not {level}")
+        self._cache = None
+        if level == 2:
+            self._model = None
+        elif self._model is not None:
+            self._model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Brings the weights back, from the file if they were dropped, and allocates the KV cache, which is empty then.
+
+        Whoever pushes new weights wakes up ``weights`` first and ``kv_cache`` after it: the two peaks do not add up.
+        """
+        if tags is None or "weights" in tags:
+            if self._model is None:
+                self.load_model()
+            else:
+                self._model.to(self.device)
+        if (tags is None or "kv_cache" in tags) and self._cache is None and self._num_blocks is not None:
+            self.initialize_cache(self._num_blocks, 0)
+
+    def update_weight(self, name: str, whole: torch.Tensor) -> None:
+        """Takes this rank's part of a tensor of the whole model, in place; see `weights.update_weight`."""
+        update_weight(self.get_model(), name, whole)
+
+    def log_probabilities(self, tokens: Sequence[int]) -> list[float] | None:
+        """The log-probability of each token after the first, on the last stage; None before."""
+        with torch.inference_mode():
+            scores = log_probabilities(self.get_model(), tokens)
+        return None if scores is None else scores.tolist()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's ``weights`` and ``kv_cache``; 0 for what is not there."""
+        weights = 0 if self._model is None else sum(parameter.nbytes for parameter in self._model.parameters())
+        return {"weights": weights, "kv_cache": 0 if self._cache is None else self._cache.nbytes}
