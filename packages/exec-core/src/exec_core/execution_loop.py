@@ -81,6 +81,18 @@ class ExecutionLoop:
         inside.add_done_callback(functools.partial(self._left, rank))
         return inside
 
+    def _enter_again(self, rank: int, left: Future[Any]) -> None:
+        """Sends a rank that has left with an error in for the None; once, though who stops and who sees it leave both try."""
+        with self._lock:
+            if self._inside.get(rank) is not left:
+                return
+            self._inside[rank] = Future()  # as good as inside: the loop has not ended
+        try:
+            self._enter(rank)
+        except BaseException:
+            self._inside[rank] = left
+            raise
+
     @staticmethod
     def _count_out(left: list[Future[Any]], total: int, ended: Future[Any], inside: Future[Any]) -> None:
         left.append(inside)  # atomic
@@ -117,7 +129,7 @@ class ExecutionLoop:
         if request is None:
             for rank, inside in list(self._inside.items()):
                 if inside.done() and inside.exception() is not None:  # without an error it has had its None already
-                    self._enter(rank)
+                    self._enter_again(rank, inside)
         driven.add_done_callback(functools.partial(self._driven, step))
         return step
 
@@ -144,8 +156,8 @@ class ExecutionLoop:
                 self._raised = self._raised or bool(steps)
             for step in steps:
                 self._finish(step, error)
-            if self._stop is not None and self._inside.get(rank) is inside and not self._executor.is_down:
-                self._enter(rank)  # its driver's None is still to come
+            if self._stop is not None and not self._executor.is_down:
+                self._enter_again(rank, inside)  # its driver's None is still to come
                 return
         self._left_all()
 
