@@ -13,7 +13,7 @@ import pytest
 import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
-from exec_core.testing import eventually, faults
+from exec_core.testing import faults
 
 LIMIT_S = 120.0  # no cell takes that long, on no machine
 
