@@ -193,9 +193,9 @@ def test_call_by_name_without_arguments_is_empty() -> None:
     """The commonest call has a name and no body."""
     name, encoded = messages.encode_call(Request("load"))
 
-    assert ("load", 0) == (name, encoded.nbytes)
+    assert (b"load", 0) == (name, encoded.nbytes)
     assert Request("load", wants_value=False) == messages.decode_call(
-        name, body(encoded), encoded.format, wants_value=False
+        "load", body(encoded), encoded.format, wants_value=False
     )
 
 
@@ -203,17 +203,28 @@ def test_call_by_name() -> None:
     """Arguments of both kinds arrive."""
     name, encoded = messages.encode_call(Request("load", (1,), {"k": 2}))
 
+    assert b"load" == name
     assert Request("load", (1,), {"k": 2}) == messages.decode_call(
-        name, body(encoded), encoded.format, wants_value=True
+        "load", body(encoded), encoded.format, wants_value=True
     )
+
+
+@pytest.mark.parametrize("method", ["", "n" * 57, "\u00fc" * 29, "load\0", "load model", "\ud800"])
+def test_odd_name_travels_in_the_body(method: str) -> None:
+    """A name that the field beside the body cannot hold exactly travels in it, with or without arguments."""
+    for request in (Request(method), Request(method, (1,), {"k": 2})):
+        name, encoded = messages.encode_call(request)
+
+        assert b"" == name
+        assert request == messages.decode_call("", body(encoded), encoded.format, wants_value=True)
 
 
 def test_callable_travels_in_the_body() -> None:
     """A callable has no name on the wire, and its own name for people."""
     name, encoded = messages.encode_call(Request(lambda worker, x: worker + x, (1,)))
-    request = messages.decode_call(name, body(encoded), encoded.format, wants_value=True)
+    request = messages.decode_call("", body(encoded), encoded.format, wants_value=True)
 
-    assert "" == name
+    assert b"" == name
     assert callable(request.method)
     assert 3 == request.method(2, *request.args)
     assert "test_callable_travels_in_the_body.<locals>.<lambda>" == request.name

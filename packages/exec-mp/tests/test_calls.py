@@ -38,7 +38,7 @@ def test_values_in_rank_order() -> None:
     assert (None, False) == calls.value(1, entry.id, "b")
     assert (entry, False) == calls.value(0, entry.id, "a")
     assert ["a", "b"] == entry.outcome()
-    assert 0 == len(calls)
+    assert 0 == len(calls.in_flight)
 
 
 def test_values_of_reply_ranks_only() -> None:
@@ -87,7 +87,7 @@ def test_withdrawn_call_gives_its_place_back() -> None:
     calls = Calls(1)
     calls.withdraw(opened(calls))
 
-    assert 0 == len(calls)
+    assert 0 == len(calls.in_flight)
 
 
 # Errors
@@ -174,17 +174,18 @@ def test_time_out_names_who_is_missing() -> None:
 
 
 def test_late_reply_is_dropped() -> None:
-    """A reply after the time-out reaches nobody, and is told as late; the call keeps its place until all have answered."""
+    """A reply after the time-out reaches nobody; the call keeps its place until all have answered, which is told as late."""
     calls = Calls(4)
     old = opened(calls, call(deadline=1.0))
     calls.settle(old)
     new = opened(calls)
 
-    assert (None, True) == calls.value(0, old.id, "old")
+    assert (None, False) == calls.value(0, old.id, "old")
     calls.value(0, new.id, "new 0")
-    assert 2 == len(calls)
-    assert (None, True) == calls.error(old.id, failure(1), now=5.0)
-    assert 1 == len(calls)
+    assert 2 == len(calls.in_flight)
+    assert (old, True) == calls.error(old.id, failure(1), now=5.0)
+    assert ({}, []) == (old.values, old.failures)
+    assert 1 == len(calls.in_flight)
     calls.value(1, new.id, "new 1")
     assert ["new 0", "new 1"] == new.outcome()
 
@@ -242,7 +243,7 @@ def test_abandoned_call() -> None:
     entry = opened(calls, call((0,)))
     calls.abandon(entry, KeyboardInterrupt())
 
-    assert (None, True) == calls.value(0, entry.id, None)
+    assert (entry, True) == calls.value(0, entry.id, None)
 
 
 # The end

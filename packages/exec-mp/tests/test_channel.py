@@ -35,12 +35,12 @@ class Ends:
 
     def send(self, value: object, ranks: tuple[int, ...] = (0, 1), call_id: int = 7) -> int | None:
         """Publishes ``value`` as the arguments of a call."""
-        return self.driver.publish(call_id, "load", messages.encode(value), ranks, ranks)
+        return self.driver.publish(call_id, b"load", messages.encode(value), ranks, ranks)
 
     def receive(self, rank: int) -> Any:
         """What the next request for ``rank`` carries."""
-        message = self.workers[rank].next()
-        value = messages.decode(message.body, message.format, owned=message.owned)
+        _, _, body, owned, fmt, _, _ = self.workers[rank].next()
+        value = messages.decode(body, fmt, owned=owned)
         self.workers[rank].done_reading()
         return value
 
@@ -51,7 +51,7 @@ class Ends:
     def take(self, rank: int) -> Any:
         """What the next reply of ``rank`` carries."""
         assert rank in self.driver.look()
-        answer = self.driver.take(rank)
+        answer = self.driver.open(rank, self.driver.take(rank))
         value = messages.decode(answer.body, answer.format, owned=answer.owned)
         self.driver.consume(rank)
         return value
@@ -83,14 +83,12 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Ends]:
 
 def test_request_carries_everything(ends: Ends) -> None:
     """A request arrives with its id, its name, its body, and whether the value is wanted."""
-    ends.driver.publish(7, "load", messages.encode((1, "x")), (0, 1), (1,))
+    ends.driver.publish(7, b"load", messages.encode((1, "x")), (0, 1), (1,))
     wanted = []
     for rank in (0, 1):
-        message = ends.workers[rank].next()
-        assert (7, "load", (1, "x"), False) == (
-            message.call_id, message.name, messages.decode(message.body, message.format), message.exits,
-        )  # fmt: skip
-        wanted.append(message.wants_value)
+        call_id, name, body, _, fmt, wants_value, exits = ends.workers[rank].next()
+        assert (7, "load", (1, "x"), False) == (call_id, name, messages.decode(body, fmt), exits)
+        wanted.append(wants_value)
         ends.workers[rank].done_reading()
 
     assert [False, True] == wanted
@@ -223,12 +221,12 @@ def test_more_ranks_than_bits_in_a_word() -> None:
     """Ranks beyond the 64th have their bits too."""
     geometry = attrs.evolve(GEOMETRY, world_size=130)
     with connected(geometry, ranks=(0, 63, 64, 129)) as ends:
-        ends.driver.publish(1, "load", messages.encode("odd"), (63, 129), (129,))
-        ends.driver.publish(2, "load", messages.encode("all"), tuple(range(130)), (0, 64))
+        ends.driver.publish(1, b"load", messages.encode("odd"), (63, 129), (129,))
+        ends.driver.publish(2, b"load", messages.encode("all"), tuple(range(130)), (0, 64))
         got = {}
         for rank in (63, 129, 0, 64):
-            first = ends.workers[rank].next()
-            got[rank] = first.call_id, first.wants_value
+            call_id, _, _, _, _, wants_value, _ = ends.workers[rank].next()
+            got[rank] = call_id, wants_value
             ends.workers[rank].done_reading()
         for rank in (129, 64):
             ends.answer(rank, rank)
@@ -241,12 +239,12 @@ def test_more_ranks_than_bits_in_a_word() -> None:
 def test_gated_request_waits_for_its_gate(ends: Ends) -> None:
     """A gated request starts when its gate opens; the gate of a later one includes it."""
     body = messages.encode("x")
-    numbers = [ends.driver.publish_gated(n, "load", body, (0, 1), ()) for n in (1, 2)]
+    numbers = [ends.driver.publish_gated(n, b"load", body, (0, 1), ()) for n in (1, 2)]
     got: list[int] = []
 
     def read() -> None:
         for _ in range(2):
-            got.append(ends.workers[0].next().call_id)
+            got.append(ends.workers[0].next()[0])
             ends.workers[0].done_reading()
 
     thread = threading.Thread(target=read)
@@ -275,9 +273,9 @@ def test_exit_reaches_everyone(ends: Ends) -> None:
     ends.send("last", (1,))
     ends.driver.publish_exit()
 
-    assert ends.workers[0].next().exits
+    assert ends.workers[0].next()[-1]
     assert "last" == ends.receive(1)
-    assert ends.workers[1].next().exits
+    assert ends.workers[1].next()[-1]
 
 
 def test_sleeper_is_woken(ends: Ends) -> None:
@@ -295,13 +293,25 @@ def test_sleeper_is_woken(ends: Ends) -> None:
     assert "awake" == ends.take(0)
 
 
-def test_names_of_methods_of_any_length(ends: Ends) -> None:
-    """A long method name fits as long as it fits into a slot."""
-    name = "n" * 200
-    ends.driver.publish(1, name, NOTHING, (0,), ())
-    assert name == ends.workers[0].next().name
-    with pytest.raises(MessageTooLargeError, match="a method's name"):
-        ends.driver.publish(2, "n" * 300, NOTHING, (0,), ())
+def test_longest_name_on_its_own(ends: Ends) -> None:
+    """A method's name fills its field."""
+    name = "n" * messages.NAME_BYTES
+    ends.driver.publish(1, name.encode(), NOTHING, (0,), ())
+
+    assert name == ends.workers[0].next()[1]
+
+
+def test_who_is_awake_is_not_rung(ends: Ends) -> None:
+    """The bell rings for a driver that may sleep, not for one that looks."""
+    ends.driver.stay_awake()
+    ends.answer(0, "seen")
+    assert [0] == ends.driver.look()
+    assert not ends.driver.sleep(0.001)
+    ends.driver.may_sleep()
+    ends.answer(1, "heard")
+
+    assert ends.driver.sleep(30.0)
+    assert ["seen", "heard"] == [ends.take(0), ends.take(1)]
 
 
 def test_lent_memory_outlives_the_channel() -> None:

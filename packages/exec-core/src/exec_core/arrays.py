@@ -23,7 +23,7 @@ ALIGNMENT = 64  # bytes; of segments in a message
 _WIDEST = 16  # bytes; of complex128, the widest element
 
 
-@attrs.frozen
+@attrs.define  # not frozen: that takes three times as long
 class Segment:
     """Contiguous source memory, ``[start, end)``, kept alive by ``owners``."""
 
@@ -54,9 +54,11 @@ class ViewTable:
         """How to pickle ``obj``, or None when it is not a plain strided CPU tensor or array."""
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and type(obj) is getattr(torch, "Tensor", None) and _is_plain(obj, torch):
-            extent = sum((n - 1) * step for n, step in zip(obj.shape, obj.stride(), strict=True)) + 1
-            index = self._add(obj.data_ptr(), extent * obj.element_size() if obj.numel() else 0, obj)
-            return load_tensor, (index, obj.dtype, tuple(obj.shape), obj.stride(), obj.requires_grad)
+            shape, stride, count = tuple(obj.shape), obj.stride(), obj.numel()
+            if not obj.is_contiguous():
+                count = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1 if count else 0
+            index = self._add(obj.data_ptr(), count * obj.element_size(), obj)
+            return load_tensor, (index, str(obj.dtype).removeprefix("torch."), shape, stride, obj.requires_grad)
         if numpy is not None and type(obj) is getattr(numpy, "ndarray", None) and not obj.dtype.hasobject:
             steps = [(n - 1) * step for n, step in zip(obj.shape, obj.strides, strict=True)]
             before = -sum(s for s in steps if s < 0)  # bytes below the first element when strides are negative
@@ -73,10 +75,15 @@ class ViewTable:
 
     def segments(self) -> tuple[list[Segment], list[tuple[int, int]]]:
         """Merged segments, and for each view the number of its segment and its offset there in bytes."""
+        ranges = self._ranges
+        if len(ranges) == 1:  # the commonest
+            ((start, end, owner),) = ranges
+            only = Segment(start, end, (owner,))
+            return [only], [(0, only.lead)]
         merged: list[list[Any]] = []
         place: dict[int, tuple[int, int]] = {}
-        for index in sorted(range(len(self._ranges)), key=lambda i: self._ranges[i][:2]):
-            start, end, owner = self._ranges[index]
+        for index in sorted(range(len(ranges)), key=lambda i: ranges[i][:2]):
+            start, end, owner = ranges[index]
             if merged and start < merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], end)
                 merged[-1][2].append(owner)
@@ -84,7 +91,7 @@ class ViewTable:
                 merged.append([start, end, [owner]])
             place[index] = len(merged) - 1, start
         segments = [Segment(start, end, tuple(owners)) for start, end, owners in merged]
-        views = (place[i] for i in range(len(self._ranges)))
+        views = (place[i] for i in range(len(ranges)))
         return segments, [(n, start - segments[n].start + segments[n].lead) for n, start in views]
 
 
@@ -122,10 +129,11 @@ class Loading:
         _loading.segments, _loading.views = self._outer
 
 
-def load_tensor(index: int, dtype: Any, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool) -> Any:
+def load_tensor(index: int, dtype_name: str, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool) -> Any:
     """A tensor over its segment of the message being unpickled; ``shape`` and ``stride`` in elements."""
     import torch
 
+    dtype = getattr(torch, dtype_name)
     if index < 0:
         return torch.empty_strided(shape, stride, dtype=dtype, requires_grad=requires_grad)
     number, offset = _loading.views[index]

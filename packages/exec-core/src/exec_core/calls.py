@@ -56,6 +56,8 @@ def chosen_ranks(name: str, chosen: Sequence[Any], among: tuple[int, ...]) -> tu
     Raises:
         ConfigError: for a rank that is not one of ``among``, or is there twice.
     """
+    if type(chosen) is tuple and len(chosen) == 1 and type(chosen[0]) is int and chosen[0] in among:
+        return chosen  # the commonest, with every step
     picked = tuple(chosen)
     if not all(isinstance(rank, int) and rank in among for rank in picked) or len(set(picked)) != len(picked):
         raise ConfigError(name, f"must be distinct ranks out of {list(among)}", list(picked))

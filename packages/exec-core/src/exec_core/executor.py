@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, TypeVar, overload
@@ -31,6 +32,7 @@ class Executor(BaseExecutor):
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
         self._reset()
         super().__init__(config, on_progress=on_progress)
+        self._output_ranks = (self.output_rank,)
 
     def _reset(self) -> None:
         self._asleep: frozenset[str] = frozenset()  # tags that workers have given up the memory of
@@ -83,8 +85,8 @@ class Executor(BaseExecutor):
 
     def _step_call(self, method: str, request: Any, ranks: Sequence[int] | None) -> Call:
         limit = self._config.rpc.execute_model_timeout_s
-        timeout = float("inf") if limit is None else limit
-        return self._new_call(method, timeout, (request,), None, ranks, (self.output_rank,), aggregate=_only)
+        timeout = math.inf if limit is None else limit
+        return self._new_call(method, timeout, (request,), None, ranks, self._output_ranks, aggregate=_only)
 
     def start_worker_execution_loop(self) -> Future[Any]:
         """Starts the loop on the ranks that are no TP drivers; the future is done when all loops have ended."""

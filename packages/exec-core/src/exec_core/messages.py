@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import io
 import pickle
 import struct
@@ -49,7 +50,7 @@ class Status(enum.IntEnum):
     PROGRESS = 2
 
 
-@attrs.frozen
+@attrs.define  # not frozen: one is made for every call, and a frozen one costs three times as much
 class Encoded:
     """A body ready to be written: ``parts`` one after the other, ``nbytes`` in all, their memory kept by ``owners``."""
 
@@ -62,7 +63,7 @@ class Encoded:
 _NO_KWARGS: Mapping[str, Any] = {}
 
 
-@attrs.define  # not frozen: these two are made for every call, and a frozen one costs three times as much
+@attrs.define  # not frozen, likewise
 class Request:
     """One call as a worker runs it. Not changed once made.
 
@@ -119,6 +120,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle ships n
         self._table = table
 
     def reducer_override(self, obj: Any) -> Any:
+        if obj is arrays.load_tensor or obj is arrays.load_array:
+            return NotImplemented  # by name, which takes cloudpickle long to find out
         reduced = self._table.reduce(obj)
         return super().reducer_override(obj) if reduced is None else reduced
 
@@ -147,31 +150,38 @@ def encode(value: object, name: str = "the value") -> Encoded:
     segments, views = table.segments()
     if not segments:
         return Encoded((pickled,), pickled.nbytes, Format.PICKLE)
-    words = [len(segments), len(views), pickled.nbytes, *(s.nbytes for s in segments)]
-    head = struct.pack(f"<{len(words) + 2 * len(views)}Q", *words, *(n for view in views for n in view))
-    parts: list[Part] = []
-    for part in (head, pickled):
-        parts += [part, bytes(-len(part) % arrays.ALIGNMENT)]
+    words = [len(segments), len(views), len(pickled)]
     for segment in segments:
-        parts += [bytes(segment.lead), segment.memory(), bytes(-segment.nbytes % arrays.ALIGNMENT)]
+        words.append(segment.nbytes)
+    for view in views:
+        words += view
+    head = struct.pack(f"<{len(words)}Q", *words)
+    parts: list[Part] = [head, _padding(len(head)), pickled, _padding(len(pickled))]
+    for segment in segments:
+        parts += (bytes(segment.lead), segment.memory(), _padding(segment.nbytes))
     return Encoded(parts, sum(map(len, parts)), Format.SEGMENTS, segments)
 
 
+def _padding(nbytes: int) -> bytes:
+    return bytes(-nbytes % arrays.ALIGNMENT)
+
+
 _ATOMS = frozenset({int, str, float, bytes, bool, type(None)})
+_CONTAINERS = frozenset({tuple, list, dict})
 _PLAIN_ITEMS = 64
 
 
-def _is_plain(value: object, depth: int = 4) -> bool:
+def _is_plain(value: Any, depth: int = 4) -> bool:
     """Whether ``value`` is made of builtin values only, and few of them."""
     kind = type(value)
-    if kind in _ATOMS:
-        return True
-    if not depth or kind not in (tuple, list, dict) or len(value) > _PLAIN_ITEMS:  # type: ignore[arg-type] # sized
+    if kind not in _CONTAINERS:
+        return kind in _ATOMS
+    if not depth or len(value) > _PLAIN_ITEMS:
         return False
-    for item in value:  # type: ignore[attr-defined] # likewise
+    for item in value:
         if type(item) not in _ATOMS and not _is_plain(item, depth - 1):
             return False
-    return kind is not dict or all(_is_plain(item, depth - 1) for item in value.values())  # type: ignore[attr-defined] # a dict
+    return kind is not dict or not value or all(_is_plain(item, depth - 1) for item in value.values())
 
 
 def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:
@@ -228,17 +238,29 @@ def _parts(value: object, path: str) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}.{name}", part) for name, part in getattr(value, "__dict__", {}).items())
 
 
-def encode_call(request: Request) -> tuple[str, Encoded]:
-    """The method's name (empty for a callable, which then travels in the body) and the body of a request.
+NAME_BYTES = 56  # of a method's name on its own; a longer one travels in the body
+
+
+@functools.lru_cache(1024)
+def _wire_name(method: str) -> bytes:
+    """The name as it stands beside the body; empty for one that has to travel in it."""
+    name = method.encode() if method.isidentifier() else b""
+    return name if len(name) <= NAME_BYTES else b""
+
+
+def encode_call(request: Request) -> tuple[bytes, Encoded]:
+    """The method's name and the body of a request. Without a name, the method is in the body: a callable, say.
 
     Raises:
         SerializationError: naming the method or argument that cannot be pickled.
     """
-    if isinstance(request.method, str):
-        if not request.args and not request.kwargs:
-            return request.method, _EMPTY
-        return request.method, _encode_named((request.args, request.kwargs), request)
-    return "", _encode_named((request.args, request.kwargs, request.method), request)
+    method = request.method
+    name = _wire_name(method) if isinstance(method, str) else b""
+    if not name:
+        return name, _encode_named((request.args, request.kwargs, method), request)
+    if not request.args and not request.kwargs:
+        return name, _EMPTY
+    return name, _encode_named((request.args, request.kwargs), request)
 
 
 def _encode_named(body: tuple[Any, ...], request: Request) -> Encoded:

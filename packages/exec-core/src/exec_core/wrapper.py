@@ -22,6 +22,8 @@ from exec_core.errors import ExecutorError
 from exec_core.messages import Reply, Request
 from exec_core.worker import Worker, as_async_output
 
+DONE = Reply()  # nothing to say but that it has run
+
 
 class _Plain(Worker):
     """The hooks that a worker which does not inherit from `Worker` lacks."""
@@ -90,7 +92,8 @@ class WorkerWrapper:
     def execute(self, request: Request) -> Reply:
         """Runs ``request`` and never raises: whatever the worker raises is in the reply."""
         try:
-            return Reply(self._resolve(request.method)(*request.args, **request.kwargs))
+            value = self._resolve(request.method)(*request.args, **request.kwargs)
+            return DONE if value is None else Reply(value)
         except BaseException as error:
             return Reply.of_error(error)
 

@@ -6,7 +6,7 @@ import threading
 
 from exec_core import messages
 from exec_core.errors import WorkerError
-from exec_core.messages import Failure, Format, Status
+from exec_core.messages import Failure, Status
 from exec_mp._channel import Answer
 
 
@@ -16,8 +16,6 @@ def decoded(answer: Answer, pid: int, name: str) -> tuple[object, Failure | None
     Raises:
         KeyboardInterrupt: the user's, on the main thread; nothing else.
     """
-    if answer.format == Format.NONE:
-        return None, None
     rank = answer.rank
     try:
         if answer.status == Status.VALUE:

@@ -75,7 +75,7 @@ class Entry:
                 self.call.failure = min(self.failures, key=lambda failure: failure.time_ns)
             raise self.error
         call, values = self.call, self.values
-        wanted = [values[rank] for rank in call.reply_ranks]
+        wanted = list(map(values.__getitem__, call.reply_ranks))
         return wanted if call.aggregate is None else call.aggregate(wanted)
 
 
@@ -85,36 +85,25 @@ class Calls:
     def __init__(self, max_in_flight: int) -> None:
         self.max_in_flight = max_in_flight
         self.closed_by: BaseException | None = None  # nothing is opened any more
-        self._open: dict[int, Entry] = {}
-        self._gated: list[Entry] = []  # those of them that start rank by rank, oldest first
+        self.in_flight: dict[int, Entry] = {}  # by id, oldest first
+        self.gated: list[Entry] = []  # those of them that start rank by rank, oldest first
         self._next = 1
-
-    @property
-    def gated(self) -> bool:
-        """Whether any call starts rank by rank."""
-        return bool(self._gated)
 
     @property
     def hopeless(self) -> bool:
         """Whether rank 0, in a call here, waits for others in vain: one of them has failed or died."""
-        return self.closed_by is not None or any(entry.failures for entry in list(self._open.values()))
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def __bool__(self) -> bool:
-        return bool(self._open)
+        return self.closed_by is not None or any(entry.failures for entry in list(self.in_flight.values()))
 
     def open(self, call: Call, future: Future[Any] | None) -> Entry | None:
         """A place for ``call``, or None when `max_in_flight` is reached."""
-        if len(self._open) >= self.max_in_flight:
+        if len(self.in_flight) >= self.max_in_flight:
             return None
         entry = Entry(self._next, call, future, set(call.ranks), {})
         if call.max_concurrent is not None and call.max_concurrent < len(call.ranks):
             entry.ungated = list(call.ranks)
-            self._gated.append(entry)
+            self.gated.append(entry)
         self._next += 1
-        self._open[entry.id] = entry
+        self.in_flight[entry.id] = entry
         return entry
 
     def withdraw(self, entry: Entry) -> None:
@@ -123,55 +112,54 @@ class Calls:
 
     def withdraw_unsent(self, call: Call) -> None:
         """The sending of ``call`` was interrupted, perhaps before anybody knew its entry."""
-        for entry in [entry for entry in self._open.values() if entry.call is call and entry.number is None]:
+        for entry in [entry for entry in self.in_flight.values() if entry.call is call and entry.number is None]:
             self._drop(entry)
 
     def _drop(self, entry: Entry) -> None:
-        self._open.pop(entry.id, None)
-        if self._gated and entry in self._gated:
-            self._gated.remove(entry)
-
-    def get(self, call_id: int) -> Entry | None:
-        """The call in flight with this id."""
-        return self._open.get(call_id)
+        self.in_flight.pop(entry.id, None)
+        if self.gated and entry in self.gated:
+            self.gated.remove(entry)
 
     def name_of(self, call_id: int) -> str | None:
         """Method of a call in flight."""
-        entry = self._open.get(call_id)
+        entry = self.in_flight.get(call_id)
         return None if entry is None else entry.call.name
 
     def late(self, rank: int) -> Call | None:
         """The oldest call that ``rank`` still owes and whose caller has given up on it."""
-        return next((e.call for e in self._open.values() if e.finished and rank in e.pending), None)
+        return next((e.call for e in self.in_flight.values() if e.finished and rank in e.pending), None)
 
     def value(self, rank: int, call_id: int, value: Any) -> tuple[Entry | None, bool]:
-        """``rank`` has run the call. The entry if this finishes it, and whether the reply came too late for anyone."""
-        return self._acknowledge(rank, call_id, value, None, 0.0)
+        """``rank`` has run the call. The entry if it needs no more replies, and whether they came too late for anyone."""
+        entry = self.in_flight.get(call_id)
+        if entry is None or rank not in entry.pending:
+            return None, False  # read twice, after an interruption
+        if not entry.finished:
+            entry.values[rank] = value
+        return self._acknowledged(entry, rank)
 
     def error(self, call_id: int, failure: Failure, now: float) -> tuple[Entry | None, bool]:
         """A rank has failed. While others owe an answer, the error is held back for `DEATH_GRACE_S`."""
-        return self._acknowledge(failure.rank, call_id, None, failure, now)
-
-    def _acknowledge(
-        self, rank: int, call_id: int, value: Any, failure: Failure | None, now: float
-    ) -> tuple[Entry | None, bool]:
-        entry = self._open.get(call_id)
-        if entry is None or rank not in entry.pending:
-            return None, False  # read twice, after an interruption
-        entry.pending.discard(rank)
-        if rank in entry.ungated:  # rank 0 inline waits for no gate
-            entry.ungated.remove(rank)
-        if not entry.pending:
-            self._drop(entry)
-        if entry.finished:
-            return None, True
-        if failure is not None:
+        entry = self.in_flight.get(call_id)
+        if entry is None or failure.rank not in entry.pending:
+            return None, False
+        if not entry.finished:
             entry.failures = [*entry.failures, failure]
             entry.settle_at = min(entry.settle_at, now + DEATH_GRACE_S)
-        else:
-            entry.values[rank] = value
-        if entry.pending:
+            if entry.waiter is not None:
+                entry.waiter.set()  # it is due sooner now
+        return self._acknowledged(entry, failure.rank)
+
+    def _acknowledged(self, entry: Entry, rank: int) -> tuple[Entry | None, bool]:
+        pending = entry.pending
+        pending.discard(rank)
+        if entry.ungated and rank in entry.ungated:  # rank 0 inline waits for no gate
+            entry.ungated.remove(rank)
+        if pending:
             return None, False
+        self._drop(entry)
+        if entry.finished:
+            return entry, True
         return self._finish(entry, first_failure(entry.failures) if entry.failures else None), False
 
     @staticmethod
@@ -181,7 +169,7 @@ class Calls:
         return entry
 
     def _futures(self) -> Iterator[Entry]:
-        return (entry for entry in self._open.values() if entry.future is not None and not entry.finished)
+        return (entry for entry in self.in_flight.values() if entry.future is not None and not entry.finished)
 
     def due(self) -> float:
         """When the next future is due (monotonic seconds), infinity for never. Blocking callers watch their own calls."""
@@ -213,18 +201,18 @@ class Calls:
     def close(self, error: BaseException) -> list[Entry]:
         """Nothing is opened any more; every unfinished call finishes with an ``error`` of its own: each is raised by itself."""
         self.closed_by = self.closed_by or error
-        unfinished = [entry for entry in self._open.values() if not entry.finished]
+        unfinished = [entry for entry in self.in_flight.values() if not entry.finished]
         for entry in unfinished:
             self._finish(entry, copy.copy(error))
-        self._open.clear()
-        self._gated.clear()
+        self.in_flight.clear()
+        self.gated.clear()
         return unfinished
 
     def grants(self) -> list[tuple[int, Entry]]:
         """Ranks that may now start a gated call. Only the oldest gated call gets any: each rank runs them in order."""
-        if not self._gated or not self._gated[0].sent:
+        if not self.gated or not self.gated[0].sent:
             return []
-        oldest = self._gated[0]
+        oldest = self.gated[0]
         running = len(oldest.pending) - len(oldest.ungated)
         granted = oldest.ungated[: max(0, (oldest.call.max_concurrent or 0) - running)]
         del oldest.ungated[: len(granted)]

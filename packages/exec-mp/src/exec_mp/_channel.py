@@ -10,18 +10,22 @@ Who writes what, in which order:
 * A writer fills the slot, then stores the message's number plus one, in the slot's first word (requests) or the rank's
   ``REPLIES`` word: *one aligned 8-byte store* through a memoryview cast to ``Q``, a single instruction in CPython. On
   x86-64 stores become visible in order, so who sees the number sees the message; elsewhere a system call stands
-  between the two (untested). Then it signals the eventfd of who may sleep on it.
+  between the two (untested). Then it rings the bell, an eventfd, of who sleeps.
 * A reader copies the message out, or holds its block (`exec_mp._arena`), then stores its position; the writer reuses
   the slot.
+* Who is going to sleep says so in ``SLEEPS`` or ``DRIVER_SLEEPS``, and looks once more. Between the two, as between a
+  writer's number and its look at that word, stands a locked instruction (an uncontended lock's): so at least one of
+  them sees the other, and nobody sleeps through a message.
 * A writer killed between the two stores leaves a slot without its number: the message was never sent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import struct
-import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,42 +34,45 @@ from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded, Format
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._layout import REPLY_HEAD, REQUEST_WORDS, Geometry, Shared, fence, reserve
+from exec_mp._layout import REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve
 
-SPIN_S = 100e-6  # "auto": long enough to catch a prompt answer, short enough to cost nothing in a decode cadence
+SPIN_S = 200e-6  # "auto": catches a prompt answer; a cadence of steps pays for a sixteenth of it only, see `patience`
 
 NOTHING = Encoded((), 0, Format.NONE)
 _NO_BODY = memoryview(b"")
 _EXIT, _GATED, _ONE_READER = 1, 2, 4  # flags of a request
-_REQUEST = struct.Struct("<7Q")  # call id, flags, name bytes, body bytes, format, arena position (0: inline), block
+_REQUEST = struct.Struct("<" + REQUEST)  # call id, flags, body bytes, format, arena position (0: inline), block, name
 _REPLY = struct.Struct("<7Q")  # call id, status, format, body bytes, arena position, block, time in ns
-_COPY_BYTES = 4 << 20  # with other readers, a message is copied up to this size, and mapped copy-on-write above
+_WORD = (1 << 64) - 1
+_MASKS = 256  # remembered; a program chooses among few sets of ranks
+_COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
 
-class Incoming(NamedTuple):
-    """A request as a worker finds it. ``body`` is the worker's own if ``owned``, else valid until `done_reading`."""
+Incoming = tuple[int, str, memoryview, bool, int, bool, bool]
+"""A request as a worker finds it: call id, method's name, body, whether that is the worker's own (else it is valid until
+`WorkerChannel.done_reading`), its format, whether the value is wanted, whether to leave instead. Not a class: one is
+made for every call, and a plain tuple costs a fifth."""
 
-    call_id: int
-    name: str
-    body: memoryview
-    owned: bool
-    format: int
-    wants_value: bool
-    exits: bool
+Header = tuple[int, int, int, int, int, int, int]
+"""A reply as it lies in its slot, see ``_REPLY``."""
 
 
 class Answer(NamedTuple):
-    """A reply as the driver finds it. ``body`` is the driver's own if ``owned``, else valid until `consume`."""
+    """A reply that has a body, which is the driver's own if ``owned``, else valid until `DriverChannel.consume`."""
 
     rank: int
-    call_id: int
     status: int
     format: int
     body: memoryview
     owned: bool
     time_ns: int
+
+
+def patience(spin_s: float, waited_s: float) -> float:
+    """How long to yield before the next sleep, after one that made a wait of ``waited_s``: after a long one, briefly."""
+    return spin_s if waited_s < 4 * spin_s else spin_s / 16
 
 
 class DriverChannel:
@@ -87,9 +94,20 @@ class DriverChannel:
         self._arena = Arena(shared.mapping, geometry.request_arena, geometry.arena_bytes, holds, size)
         self._reply_holds = [shared.holds(geometry.reply_holds(rank), BLOCKS) for rank in range(size)]
         self._reply_rings = [geometry.replies(rank) for rank in range(size)]
+        self._reply_slot, self._replies_read = geometry.reply_slot, shared.word(_layout.REPLIES_READ, 0)
+        self._slots, self._crowd = geometry.slots, geometry.slots // 2
+        self._requests, self._request_slot = geometry.requests, geometry.request_slot
+        self._request_head, self._inline_bytes = geometry.request_head, geometry.inline_bytes
+        self._request = struct.Struct(f"<{2 * geometry.mask_words}Q{REQUEST}")
+        self._sleeps = shared.word(_layout.SLEEPS, 0)
+        self._sleep_word = shared.word(_layout.DRIVER_SLEEPS, 0)
+        self._words[self._sleep_word] = 1
+        self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._sent = 0  # requests published; by the publishing thread
         self._read = 0  # of them, known to be read by all; likewise
-        self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], memoryview] = {}
+        self._chosen: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # whom `_mask` was made for
+        self._mask: tuple[int, ...] = (0,) * (2 * geometry.mask_words)
+        self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
         self._replies = slice(shared.word(_layout.REPLIES, 0), shared.word(_layout.REPLIES, size))
         self._seen = [0] * size  # replies taken from each rank; by the taking thread
         self._poll = select.poll()
@@ -98,71 +116,64 @@ class DriverChannel:
     def publish(
         self,
         call_id: int,
-        name: str,
+        name: bytes,
         body: Encoded,
         ranks: tuple[int, ...],
         reply_ranks: tuple[int, ...],
         flags: int = 0,
     ) -> int | None:
         """Sends one request to ``ranks`` and returns its number, or None while there is no room."""
-        geometry, number, slots = self.geometry, self._sent, self.geometry.slots
-        if number - self._read >= slots // 2 and number - self._count_read() >= slots:
+        number, words, nbytes = self._sent, self._words, body.nbytes
+        crowded = number - self._read >= self._crowd  # then those who skip it must read past it soon, too
+        if crowded and number - self._count_read() >= self._slots:
             return None
-        encoded_name, nbytes = name.encode(), body.nbytes
         position = block = 0
-        if len(encoded_name) + nbytes > geometry.inline_bytes:
-            place = self._place(name, len(encoded_name), nbytes, ranks)
+        if nbytes > self._inline_bytes:
+            if nbytes > self._arena.limit:
+                raise MessageTooLargeError(repr(name.decode() or "the call"), nbytes, self._arena.limit, _LIMITS)
+            place = self._arena.allocate(nbytes, ranks)
             if place is None:
                 return None
             position, block = place
+        if ranks is not self._chosen[0] or reply_ranks is not self._chosen[1]:
+            self._mask, self._chosen = self._masked(ranks, reply_ranks), (ranks, reply_ranks)
         if len(ranks) == 1:
             flags |= _ONE_READER
-        slot = geometry.requests + number % slots * geometry.request_slot
-        _REQUEST.pack_into(
-            self._view, slot + 8, call_id, flags, len(encoded_name), nbytes, body.format, position, block
+        slot = self._requests + number % self._slots * self._request_slot
+        self._request.pack_into(
+            self._view, slot + 8, *self._mask, call_id, flags, nbytes, body.format, position, block, name
         )
-        word = slot // 8
-        self._words[word + REQUEST_WORDS : word + REQUEST_WORDS + 2 * geometry.mask_words] = self._mask(
-            ranks, reply_ranks
-        )
-        start = slot + geometry.request_head
-        end = start + len(encoded_name)
-        self._view[start:end] = encoded_name
         if nbytes:
-            self._shared.write_body(body.parts, position or end)
+            self._shared.write_body(body.parts, position or slot + self._request_head)
         fence()
-        self._words[word] = number + 1
-        self._sent = number + 1
-        crowded = number - self._read >= slots // 2  # then the others must read past it soon, too
+        self._sent = words[slot // 8] = number + 1
+        with self._in_order:
+            pass
+        sleeps = self._sleeps
         for rank in self.remote_ranks if crowded else ranks:
-            os.eventfd_write(self.bells[rank], 1)
+            if words[sleeps + rank]:
+                os.eventfd_write(self.bells[rank], 1)
         return number
 
     def publish_exit(self) -> None:
         """Tells all ranks to leave their loops."""
-        self.publish(0, "exit", NOTHING, self.remote_ranks, (), _EXIT)
+        self.publish(0, b"exit", NOTHING, self.remote_ranks, (), _EXIT)
 
     def publish_gated(
-        self, call_id: int, name: str, body: Encoded, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]
+        self, call_id: int, name: bytes, body: Encoded, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]
     ) -> int | None:
         """`publish`, but a rank starts the call only when `open_gate` says so."""
         return self.publish(call_id, name, body, ranks, reply_ranks, _GATED)
 
-    def _place(self, name: str, name_bytes: int, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
-        if nbytes > self._arena.limit:
-            raise MessageTooLargeError(repr(name or "the call"), nbytes, self._arena.limit, _LIMITS)
-        if name_bytes > self.geometry.inline_bytes:
-            limit = self.geometry.inline_bytes
-            raise MessageTooLargeError("a method's name", name_bytes, limit, "raise RpcConfig.inline_bytes")
-        return self._arena.allocate(nbytes, ranks)
-
-    def _mask(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]) -> memoryview:
+    def _masked(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]) -> tuple[int, ...]:
         """One bit per rank for who runs it, then for whose value is wanted."""
         mask = self._masks.get((ranks, reply_ranks))
-        if mask is None:
-            nbytes = 8 * self.geometry.mask_words
-            numbers = (sum(1 << rank for rank in chosen) for chosen in (ranks, reply_ranks))
-            mask = memoryview(b"".join(n.to_bytes(nbytes, sys.byteorder) for n in numbers)).cast("Q")
+        if mask is not None:
+            return mask
+        count = self.geometry.mask_words
+        numbers = (sum(1 << rank for rank in chosen) for chosen in (ranks, reply_ranks))
+        mask = tuple(number >> 64 * word & _WORD for number in numbers for word in range(count))
+        if len(self._masks) < _MASKS:
             self._masks[ranks, reply_ranks] = mask
         return mask
 
@@ -179,22 +190,26 @@ class DriverChannel:
             return []
         return [rank for rank, count in enumerate(counts) if count != self._seen[rank]]
 
-    def take(self, rank: int) -> Answer:
+    def take(self, rank: int) -> Header:
         """The next reply of ``rank``, one that `look` has seen."""
         fence()
-        geometry = self.geometry
-        slot = self._reply_rings[rank] + self._seen[rank] % geometry.slots * geometry.reply_slot
-        call_id, status, fmt, nbytes, position, block, time_ns = _REPLY.unpack_from(self._view, slot)
+        slot = self._reply_rings[rank] + self._seen[rank] % self._slots * self._reply_slot
+        return _REPLY.unpack_from(self._view, slot)
+
+    def open(self, rank: int, header: Header) -> Answer:
+        """What `take` found."""
+        _, status, fmt, nbytes, position, block, time_ns = header
         if position:
             body = self._shared.lend(position, nbytes, self._reply_holds[rank], block)
         else:
-            body = self._view[slot + REPLY_HEAD : slot + REPLY_HEAD + nbytes] if nbytes else _NO_BODY
-        return Answer(rank, call_id, status, fmt, body, position != 0, time_ns)
+            start = self._reply_rings[rank] + self._seen[rank] % self._slots * self._reply_slot + REPLY_HEAD
+            body = self._view[start : start + nbytes]
+        return Answer(rank, status, fmt, body, position != 0, time_ns)
 
     def consume(self, rank: int) -> None:
         """The reply taken last from ``rank`` is done with; its slot may be used again."""
         self._seen[rank] += 1
-        self._words[self._shared.word(_layout.REPLIES_READ, rank)] = self._seen[rank]
+        self._words[self._replies_read + rank] = self._seen[rank]
 
     def open_gate(self, rank: int, number: int) -> None:
         """Lets ``rank`` start gated requests up to ``number``."""
@@ -209,6 +224,16 @@ class DriverChannel:
     def stacks(self, rank: int) -> int:
         """Stack reports that ``rank`` has written."""
         return int(self._words[self._shared.word(_layout.STACKS, rank)])
+
+    def stay_awake(self) -> None:
+        """Nobody sleeps on the bell, so nobody need ring it; until `may_sleep`."""
+        self._words[self._sleep_word] = 0
+
+    def may_sleep(self) -> None:
+        """Somebody may sleep on the bell, who looks once more between this and sleeping."""
+        self._words[self._sleep_word] = 1
+        with self._in_order:
+            pass
 
     def sleep(self, timeout_s: float | None) -> bool:
         """Waits on the bell for at most ``timeout_s``; whether it rang."""
@@ -242,10 +267,19 @@ class WorkerChannel:
         self._shared = shared = Shared(fd, geometry)
         self._view, self._words, size = shared.view, shared.words, geometry.world_size
         self._bell, self._driver_bell = bell, driver_bell
-        self._mask_word, self._mask_bit = REQUEST_WORDS + rank // 64, rank % 64
+        self._mask_word, self._mask_bit = 1 + rank // 64, rank % 64
+        self._wants_word, self._fields = self._mask_word + geometry.mask_words, 8 * (1 + 2 * geometry.mask_words)
+        self._slots, self._requests, self._request_slot = geometry.slots, geometry.requests, geometry.request_slot
+        self._request_head, self._reply_slot = geometry.request_head, geometry.reply_slot
+        self._inline_bytes = geometry.inline_bytes
         self._read = self._replied = 0
         self._at = {row: shared.word(row, rank) for row in range(_layout.GATE + 1)}
         self._current, self._since = self._at[_layout.CURRENT_CALL], self._at[_layout.SINCE_NS]
+        self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
+        self._replies_read, self._sleeps = self._at[_layout.REPLIES_READ], self._at[_layout.SLEEPS]
+        self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
+        self._in_order = threading.Lock()  # taken for the locked instruction alone
+        self._patience_s = geometry.spin_s
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
         reply_holds = shared.holds(geometry.reply_holds(rank), BLOCKS)
@@ -256,9 +290,9 @@ class WorkerChannel:
 
     def next(self) -> Incoming:
         """The next request for this rank. Skips those for others."""
-        geometry, words, view = self._geometry, self._words, self._view
+        words, view = self._words, self._view
         while True:
-            slot = geometry.requests + self._read % geometry.slots * geometry.request_slot
+            slot = self._requests + self._read % self._slots * self._request_slot
             word = slot // 8
             if words[word] <= self._read:
                 self._await(word, self._read + 1)
@@ -266,20 +300,21 @@ class WorkerChannel:
             if words[word + self._mask_word] >> self._mask_bit & 1:
                 break
             self.done_reading()
-        call_id, flags, name_bytes, nbytes, fmt, position, block = _REQUEST.unpack_from(view, slot + 8)
+        call_id, flags, nbytes, fmt, position, block, padded = _REQUEST.unpack_from(view, slot + self._fields)
         if flags & _GATED:
             self._await(self._at[_layout.GATE], self._read + 1)
-        start = slot + geometry.request_head
-        raw_name = bytes(view[start : start + name_bytes])
-        name = self._names.get(raw_name)
+        name = self._names.get(padded)
         if name is None:
-            name = self._names[raw_name] = raw_name.decode()
-        start += name_bytes
-        body = view[start : start + nbytes] if nbytes and not position else _NO_BODY
+            name = self._names[padded] = padded.rstrip(b"\0").decode()
+        wants_value = words[word + self._wants_word] >> self._mask_bit & 1 == 1
+        if not nbytes:
+            return call_id, name, _NO_BODY, False, fmt, wants_value, flags & _EXIT != 0
         if position:
             body = self._body(position, nbytes, block, flags)
-        wants_value = bool(words[word + self._mask_word + geometry.mask_words] >> self._mask_bit & 1)
-        return Incoming(call_id, name, body, position != 0, fmt, wants_value, bool(flags & _EXIT))
+        else:
+            start = slot + self._request_head
+            body = view[start : start + nbytes]
+        return call_id, name, body, position != 0, fmt, wants_value, False
 
     def _body(self, position: int, nbytes: int, block: int, flags: int) -> memoryview:
         """The message in an arena block, in memory of this rank's own."""
@@ -294,23 +329,33 @@ class WorkerChannel:
 
     def done_reading(self) -> None:
         """The request is copied out or held; its slot may be used again."""
-        self._read += 1
-        self._words[self._at[_layout.REQUESTS_READ]] = self._read
+        self._read = self._words[self._position] = self._read + 1
 
     def _await(self, word: int, value: int) -> None:
-        """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps."""
+        """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps.
+
+        After a long sleep the while is short: in a cadence of steps it would only cost.
+        """
         words, clock, give_way = self._words, time.monotonic, os.sched_yield
-        spin_until = clock() + self._geometry.spin_s
+        began = clock()
+        spin_until = began + self._patience_s
         while words[word] < value:
             if clock() < spin_until:
                 give_way()
                 continue
-            self._arena.reclaim()
+            self._sleep(word, value)
+            self._patience_s = patience(self._geometry.spin_s, clock() - began)
+
+    def _sleep(self, word: int, value: int) -> None:
+        self._arena.reclaim()
+        self._words[self._sleeps] = 1
+        with self._in_order:
+            pass
+        if self._words[word] < value:
             self._poll.poll()
-            try:
+            with contextlib.suppress(BlockingIOError):  # already taken
                 os.eventfd_read(self._bell)
-            except BlockingIOError:  # already taken
-                continue
+        self._words[self._sleeps] = 0
 
     def set_current(self, call_id: int) -> None:
         """Shows the driver which call this rank is in."""
@@ -332,24 +377,27 @@ class WorkerChannel:
         Raises:
             MessageTooLargeError, ExecutorError: for a body that does not fit; nothing was sent.
         """
-        geometry, number, nbytes = self._geometry, self._replied, body.nbytes
-        while self.backlog >= geometry.slots:
+        number, words, nbytes = self._replied, self._words, body.nbytes
+        while number - words[self._replies_read] >= self._slots:
             time.sleep(_ROOM_EVERY_S)
         position = block = 0
-        if nbytes > geometry.inline_bytes:
+        if nbytes > self._inline_bytes:
             position, block = self._place(nbytes)
-        slot = self._ring + number % geometry.slots * geometry.reply_slot
+        slot = self._ring + number % self._slots * self._reply_slot
         _REPLY.pack_into(self._view, slot, call_id, status, body.format, nbytes, position, block, time_ns)
         if nbytes:
             self._shared.write_body(body.parts, position or slot + REPLY_HEAD)
         fence()
-        self._replied = self._words[self._at[_layout.REPLIES]] = number + 1
-        os.eventfd_write(self._driver_bell, 1)
+        self._replied = words[self._replies] = number + 1
+        with self._in_order:
+            pass
+        if words[self._driver_sleeps]:
+            os.eventfd_write(self._driver_bell, 1)
 
     @property
     def backlog(self) -> int:
         """Replies that the driver has not taken."""
-        return int(self._replied - self._words[self._at[_layout.REPLIES_READ]])
+        return int(self._replied - self._words[self._replies_read])
 
     def _place(self, nbytes: int) -> tuple[int, int]:
         if nbytes > self._arena.limit:

@@ -140,7 +140,7 @@ class ProcessGroup:
                 self._raise_no_room(call, future)
 
     def _try_send(
-        self, call: Call, future: Future[Any] | None, name: str, body: Encoded
+        self, call: Call, future: Future[Any] | None, name: bytes, body: Encoded
     ) -> tuple[Entry, Job | None] | None:
         with self._lock:
             if self._calls.closed_by is not None:
@@ -189,13 +189,13 @@ class ProcessGroup:
         with self._lock:
             if reply.error is None:
                 value = reply.value if 0 in entry.call.reply_ranks else None
-                finished, _ = self._calls.value(0, entry.id, value)
+                finished, late = self._calls.value(0, entry.id, value)
             else:
                 failure = Failure(0, os.getpid(), reply.error, reply.time_ns)
-                finished, _ = self._calls.error(entry.id, failure, time.monotonic())
+                finished, late = self._calls.error(entry.id, failure, time.monotonic())
             if self._calls.gated:
                 self._receiver.open_gates()
-        if finished is not None:
+        if finished is not None and not late:
             self._receiver.deliver(finished)
             self._receiver.act()
         elif reply.error is not None:
@@ -209,12 +209,13 @@ class ProcessGroup:
 
     def _raise_no_room(self, call: Call, future: Future[Any] | None) -> None:
         limit = self._calls.max_in_flight
-        full = len(self._calls) >= limit
+        count = len(self._calls.in_flight)
+        full = count >= limit
         why = "no room" if full else "a rank is far behind and the ring is full"
         if future is None:
             raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=f"not sent: {why}")
         remedy = "wait for a call, or raise RpcConfig.max_in_flight"
-        raise ExecutorBusyError(call.name, why, len(self._calls), limit, remedy)
+        raise ExecutorBusyError(call.name, why, count, limit, remedy)
 
     def _finish(self, entry: Entry) -> None:
         """Finishes the future of a finished entry."""

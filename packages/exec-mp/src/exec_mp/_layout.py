@@ -5,8 +5,8 @@ One anonymous memfd holds everything::
     control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
 
 Control words are 8 bytes each, in rows with one word per rank. Each word has one writer: the driver for
-``REPLIES_READ`` and ``GATE``, the rank for the others. ``REPLIES`` of all ranks lie side by side, so that the driver
-looks at one slice to see all.
+``REPLIES_READ``, ``GATE`` and ``DRIVER_SLEEPS`` (its first word), the rank for the others. ``REPLIES`` of all ranks lie
+side by side, so that the driver looks at one slice to see all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import functools
 import mmap
 import os
 import platform
+import struct
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -26,9 +27,9 @@ from exec_core.errors import ExecutorError
 from exec_core.messages import Part
 from exec_mp._arena import BLOCKS
 
-REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, REPLIES_READ, GATE = range(7)  # rows of control words
-_ROWS = 7
-REQUEST_WORDS = 8  # of a request's header, before the masks
+REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS = range(9)  # rows
+_ROWS = 9
+REQUEST = "6Q56s"  # a request's header after number and masks, see `exec_mp._channel`; the name is padded with zeros
 REPLY_HEAD = 64  # bytes of a reply's header
 
 if platform.machine() in ("x86_64", "AMD64"):
@@ -72,7 +73,7 @@ class Geometry:
 
     @functools.cached_property
     def request_head(self) -> int:
-        return _up(8 * (REQUEST_WORDS + 2 * self.mask_words))
+        return _up(8 * (1 + 2 * self.mask_words) + struct.calcsize(REQUEST))
 
     @functools.cached_property
     def request_slot(self) -> int:

@@ -24,10 +24,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from exec_core import messages
-from exec_core.messages import Status
+from exec_core.messages import Failure, Status
 from exec_mp._answers import decoded
 from exec_mp._calls import Calls, Entry
-from exec_mp._channel import Answer, DriverChannel
+from exec_mp._channel import DriverChannel, patience
 from exec_mp._poller import Handler, Poller
 from exec_mp._wakeup import Wakeup
 
@@ -66,13 +66,14 @@ class Receiver:
         self._channel, self._calls, self._lock, self._pids = channel, calls, lock, pids
         self._finish, self._settle, self._progress, self._late = finish, settle, progress, late
         self._broken = broken
-        self._spin_s = channel.geometry.spin_s
+        self._spin_s = self._patience_s = channel.geometry.spin_s
         self._leader: object | None = None
         self._followers: deque[Entry] = deque()
         self._todo: deque[Callable[[], object]] = deque()  # led to by replies; appended by the leader, popped by anyone
         self._armed: bool | None = False  # the background thread listens to the bell
         self._wake_at = math.inf  # when the background thread wakes by itself
         self._stopped = False
+        self._ident = 0  # of the background thread, once it runs
         self._poller = Poller(handlers, channel.bell, self._drain_in_background)
         self._thread = threading.Thread(target=self._serve, name="exec-mp", daemon=True)
         try:
@@ -85,7 +86,7 @@ class Receiver:
 
     def wait(self, entry: Entry) -> None:
         """Returns when ``entry`` is finished."""
-        if self.is_current_thread():  # a callback that calls: this thread must go on watching
+        if threading.get_ident() == self._ident:  # a callback that calls: this thread must go on watching
             with self._lock:
                 if self._leader is None:
                     self._arm(on=True)
@@ -95,8 +96,7 @@ class Receiver:
                     self._settle([entry])
             return
         try:
-            while not entry.finished:
-                self._wait_once(entry)
+            while not self._wait_once(entry):
                 if entry.is_due(time.monotonic()):
                     self._settle([entry])
         except BaseException as error:
@@ -107,14 +107,15 @@ class Receiver:
             self.look_again()
             raise
         finally:
-            if self._followers or self._calls:
+            if self._followers or self._calls.in_flight:
                 self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
 
-    def _wait_once(self, entry: Entry) -> None:
+    def _wait_once(self, entry: Entry) -> bool:
+        """Whether ``entry`` is finished, after a wait in which something may have happened."""
         try:
             with self._lock:
                 if entry.finished:
-                    return
+                    return True
                 leads = self._leader is None and self._may_lead()
                 if leads:
                     self._leader = entry
@@ -133,30 +134,41 @@ class Receiver:
                 self._step_down(entry)
             else:
                 self._unfollow(entry)
-        self.act()
+        if self._todo:
+            self.act()
+        return entry.finished
 
     def _lead(self, entry: Entry) -> None:
         """Until ``entry`` is finished or due, or something is to be done without the lead."""
         channel, todo, alone = self._channel, self._todo, threading.get_ident() == _MAIN
-        spin_until = time.monotonic() + self._spin_s
+        look, clock, give_way = channel.look, time.monotonic, os.sched_yield
+        channel.stay_awake()
+        awake, began = True, clock()
+        spin_until = began + self._patience_s
         while not entry.finished and not todo:
-            ranks = channel.look()
-            now = time.monotonic()
-            if ranks:
+            if ranks := look():
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
-                if alone and len(self._calls) > 1:
+                if alone and len(self._calls.in_flight) > 1:
                     return
                 self._process(ranks)
+                now = clock()
                 spin_until = now + self._spin_s
-            elif now < spin_until:
-                os.sched_yield()
+                if not awake:
+                    self._patience_s = patience(self._spin_s, now - began)
+                continue
+            now = clock()
+            if now < spin_until:
+                give_way()
             elif now >= entry.due:
                 return
+            elif awake:  # and look once more
+                channel.may_sleep()
+                awake = False
             else:
                 channel.sleep(None if entry.due == math.inf else entry.due - now)
 
     def _may_lead(self) -> bool:
-        return threading.get_ident() != _MAIN or len(self._calls) <= 1
+        return threading.get_ident() != _MAIN or len(self._calls.in_flight) <= 1
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:
@@ -175,7 +187,7 @@ class Receiver:
                 if not follower.finished:
                     follower.waiter.set()
                     return
-            self._arm(bool(self._calls))
+            self._arm(bool(self._calls.in_flight))
 
     def wait_for_room(self, deadline: float) -> bool:
         """Lets replies in while there is no room to send; False when ``deadline`` has passed."""
@@ -196,10 +208,12 @@ class Receiver:
                     self._arm(on=True)
             if self._leader is not leader:
                 time.sleep(0.0005)  # the leader lets them in; a ring's room is not announced
-            elif ranks := self._channel.look():
-                self._process(ranks)
             else:
-                self._channel.sleep(0.001)
+                self._channel.may_sleep()
+                if ranks := self._channel.look():
+                    self._process(ranks)
+                else:
+                    self._channel.sleep(0.001)
         finally:
             self._step_down(leader)
         self.act()
@@ -224,34 +238,47 @@ class Receiver:
 
     def _process(self, ranks: list[int]) -> None:
         """Takes one reply of each of ``ranks``. The leader's alone."""
+        channel, taken = self._channel, []
         for rank in ranks:
-            answer = self._channel.take(rank)
-            if answer.status == Status.PROGRESS:
-                done, total, what = messages.decode(answer.body, answer.format)
-                self._todo.append(functools.partial(self._progress, rank, done, total, what))
-            else:
-                self._record(answer)
-            # After recording: interrupted in between, the reply is read again and recognised.
-            self._channel.consume(rank)
+            header = channel.take(rank)
+            value = failure = None
+            if header[2]:  # it has a body: a value, an error, progress
+                if header[1] == Status.PROGRESS:
+                    answer = channel.open(rank, header)
+                    self._todo.append(
+                        functools.partial(self._progress, rank, *messages.decode(answer.body, answer.format))
+                    )
+                    channel.consume(rank)
+                    continue
+                name = self._calls.name_of(header[0]) or "?"
+                value, failure = decoded(channel.open(rank, header), self._pids.get(rank, 0), name)
+            taken.append((rank, header[0], value, failure))
+        self._record(taken)
+        # After recording: interrupted in between, a reply is read again and recognised.
+        for reply in taken:
+            channel.consume(reply[0])
 
-    def _record(self, answer: Answer) -> None:
-        pid, name = self._pids.get(answer.rank, 0), self._calls.name_of(answer.call_id) or "?"
-        value, failure = decoded(answer, pid, name)
+    def _record(self, taken: list[tuple[int, int, object, Failure | None]]) -> None:
+        calls, failed = self._calls, False
+        done: list[Entry] = []
         with self._lock:
-            entry = self._calls.get(answer.call_id)
-            if failure is None:
-                finished, late = self._calls.value(answer.rank, answer.call_id, value)
-            else:
-                finished, late = self._calls.error(answer.call_id, failure, time.monotonic())
-                if entry is not None and entry.waiter is not None:
-                    entry.waiter.set()  # it is due sooner now
-            if self._calls.gated:
+            for rank, call_id, value, failure in taken:
+                if failure is None:
+                    entry, late = calls.value(rank, call_id, value)
+                else:
+                    failed = True
+                    entry, late = calls.error(call_id, failure, time.monotonic())
+                if entry is None:
+                    continue
+                if late:
+                    self._todo.append(functools.partial(self._late, rank, entry.call.name))
+                else:
+                    done.append(entry)
+            if calls.gated:
                 self.open_gates()
-        if finished is not None:
-            self.deliver(finished)
-        elif late and entry is not None and not entry.pending:
-            self._todo.append(functools.partial(self._late, answer.rank, name))
-        if failure is not None:
+        for entry in done:
+            self.deliver(entry)
+        if failed:
             self.look_again()
 
     def open_gates(self) -> None:
@@ -287,14 +314,17 @@ class Receiver:
     def _arm(self, on: bool) -> None:
         if self._stopped:
             return
-        if self._armed is not on:
+        if self._armed is not on:  # else one system call less
             self._armed = None  # unknown, should Ctrl-C come before the end
             self._poller.listen(on)
             self._armed = on
-        if on and self._channel.look():  # the last leader took back the ringing for more replies than it read
-            self._channel.ring()
+        if on:
+            self._channel.may_sleep()
+            if self._channel.look():  # replies that were not rung for, or whose ringing the last leader took back
+                self._channel.ring()
 
     def _serve(self) -> None:
+        self._ident = threading.get_ident()
         while not self._stopped:
             try:
                 self.turn(math.inf)
@@ -308,14 +338,14 @@ class Receiver:
 
     def is_current_thread(self) -> bool:
         """Whether this is the background thread itself, in a callback: then it must `turn` instead of waiting."""
-        return threading.get_ident() == self._thread.ident
+        return threading.get_ident() == self._ident
 
     def turn(self, until: float) -> None:
         """One round of the background thread: waits for something to happen until ``until`` at most, and deals with it."""
         with self._lock:
             self._wake_at = min(self._calls.due(), until)
             if self._leader is None and not self._followers:  # whoever had it may have been interrupted
-                self._arm(bool(self._calls))
+                self._arm(bool(self._calls.in_flight))
         self._poller.turn(self._wake_at)
         self.act()
         now = time.monotonic()

@@ -21,8 +21,9 @@ from exec_core import messages
 from exec_core.errors import ExecutorError
 from exec_core.messages import Encoded, Format, Reply, Request, Status
 from exec_core.worker import as_async_output
+from exec_core.wrapper import DONE as _DONE
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
-from exec_mp._channel import NOTHING, Incoming, WorkerChannel
+from exec_mp._channel import NOTHING, WorkerChannel
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
 
@@ -104,15 +105,10 @@ class _Outputs:
             self._thread.join()
 
 
-_EMPTY = Reply()
-
-
-def _decode(message: Incoming) -> tuple[Request | None, Reply]:
+def _decode(name: str, body: memoryview, fmt: int, wants_value: bool, owned: bool) -> tuple[Request | None, Reply]:
     """The request, or why there is none: its arguments may be anything, also classes that cannot be imported here."""
     try:
-        return messages.decode_call(
-            message.name, message.body, message.format, message.wants_value, message.owned
-        ), Reply()
+        return messages.decode_call(name, body, fmt, wants_value, owned), _DONE
     except BaseException as error:
         error.add_note("while the arguments were being unpickled in the worker")
         return None, Reply.of_error(error)
@@ -121,22 +117,34 @@ def _decode(message: Incoming) -> tuple[Request | None, Reply]:
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
     outputs = _Outputs(wrapper, replier)
-    while not (message := channel.next()).exits:
-        channel.set_current(message.call_id)
-        name = message.name
-        request, reply = (Request(name), _EMPTY) if message.format == Format.NONE else _decode(message)
+    bare: dict[str, Request] = {}  # requests without arguments, by name; they are not changed
+    while True:
+        call_id, name, body, owned, fmt, wants_value, exits = channel.next()
+        if exits:
+            break
+        channel.set_current(call_id)
+        if fmt == Format.NONE:
+            request, reply = bare.get(name), _DONE
+            if request is None:
+                request = bare[name] = Request(name)
+        else:
+            request, reply = _decode(name, body, fmt, wants_value, owned)
+        del body  # what it and the arguments hold need not outlive the call
         channel.done_reading()
         if request is not None:
-            name = request.name
+            if not name:
+                name = request.name
             reply = wrapper.execute(request)
-            del request  # what it holds need not outlive the call
-        channel.set_idle()
-        if reply.value is None or as_async_output(reply.value) is None:
-            replier.send(message.call_id, name, reply, message.wants_value)
-        elif message.wants_value:
-            outputs.put(message.call_id, name, reply.value)
+            del request
+        value = reply.value
+        if value is None or as_async_output(value) is None:
+            replier.send(call_id, name, reply, wants_value)
+        elif wants_value:
+            outputs.put(call_id, name, value)
         else:
-            replier.send(message.call_id, name, Reply(), wants_value=False)
+            replier.send(call_id, name, _DONE, wants_value=False)
+        channel.set_idle()  # after the reply, which is waited for
+        del reply, value
     outputs.close()
 
 
