@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 TESTS_S = 1800  # the longest that the tests of one session may take
 PACKAGES = ("exec-core", "exec-uniproc", "exec-mp", "exec-torchrun")
+PARALLEL = ("exec-mp", "exec-torchrun")  # whose tests run in two processes
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
 
@@ -117,7 +118,9 @@ def tests(session: nox.Session, package: str) -> None:
     install_packages(session, installed, *group("test"))
     session.env["PYTHONPATH"] = None
     check_isolation(session, package, installed)
-    run_tests(session, "pytest", f"packages/{package}/tests", *session.posargs)
+    # The tests of processes mostly wait for them. Each class or module stays together: it shares executors.
+    workers = ("-n", "2", "--dist", "loadscope") if package in PARALLEL else ()
+    run_tests(session, "pytest", *workers, f"packages/{package}/tests", *session.posargs)
 
 
 def run_tests(session: nox.Session, *command: str, **env: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -120,6 +121,23 @@ def test_fork_server_killed(launch: Launch) -> None:
     executors[0].restart()
     assert [(0, 1), (1, 1)] == executors[0].collective_rpc("where", args=(1,))
     assert server != _launcher.fork_server().pid
+
+
+@pytest.mark.parametrize("method", [faults.hold_gil, faults.collectives_for_ever], ids=["gil", "collective"])
+def test_fork_server_killed_whatever_workers_do(launch: Launch, method: Callable[..., Any]) -> None:
+    """The fork server's workers go with it also from C code and from a collective, and so do their children."""
+    executor = launch(gloo=method is faults.collectives_for_ever)
+    server = _launcher.fork_server().pid
+    pids = [worker.pid for worker in executor.workers]
+    pids += executor.collective_rpc(faults.start_child)
+    executor.collective_rpc(method, non_block=True)
+    eventually(lambda: all(worker.method for worker in executor.workers))
+    os.kill(server, signal.SIGKILL)
+
+    faults.await_gone([server, *pids], SOON_S)
+    eventually(lambda: executor.state is ec.State.FAILED)
+    with pytest.raises(ec.ExecutorFailedError, match="was killed by SIGKILL"):
+        executor.check_health()
 
 
 def test_fork_server_stopped(launch: Launch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import exec_core as ec
-from exec_core.testing import eventually, faults, workers
+from exec_core.testing import eventually, faults, snapshot, workers
 
 Launch = Callable[..., ec.Executor]
 
@@ -29,7 +30,7 @@ def kill(executor: ec.Executor, rank: int = 1) -> None:
 def test_ten_restarts(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
     """Ten times in a row: fresh processes, the same start sequence, the next generation, in the logs too."""
     executor = launch(2, log={"level": "info"})
-    pids = set()
+    pids, before = set(), snapshot()
     for generation in range(1, 11):
         pids |= {worker.pid for worker in executor.workers}
         kill(executor)
@@ -40,6 +41,7 @@ def test_ten_restarts(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None
         executor.collective_rpc(lambda worker: worker.context.log.info("in the worker"))
 
     assert 20 == len(pids)
+    eventually(lambda: gc.collect() >= 0 and not snapshot().added_since(before), every_s=0.01)  # open as it still is
     executor.shutdown()
     records = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     ready = [record["generation"] for record in records if record["event"] == "executor ready"]

@@ -183,6 +183,7 @@ print(*executor.collective_rpc(faults.pid_of), flush=True)
     [
         pytest.param("", 0, id="end of the program"),
         pytest.param("sys.exit(5)", 5, id="sys.exit"),
+        pytest.param("import atexit; atexit.register(executor.shutdown)", 0, id="atexit"),
         pytest.param("raise ValueError('host')", 1, id="error"),
         pytest.param("executor.collective_rpc(faults.nap, non_block=True)", 0, id="in a call"),
         pytest.param("threading.Thread(target=executor.collective_rpc, args=(faults.nap,), daemon=True).start()", 0,

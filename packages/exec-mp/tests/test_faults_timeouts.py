@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import exec_core as ec
 from exec_core.testing import Gate, eventually, faults, workers
+from exec_mp import _stacks
 
 Launch = Callable[..., ec.Executor]
 
@@ -151,6 +153,52 @@ def test_stacks_again_and_again(launch: Launch, tmp_path: Path) -> None:
     assert [[f"frame_{n}" in report for n in range(10)] for report in reports] == [
         [n == number for n in range(10)] for number in range(10)
     ]
+
+
+def test_answer_to_an_earlier_report_is_no_answer() -> None:
+    """A rank that counts its late answer to the last report, which has been read, is waited for."""
+    counts = iter([5, 6, 6])  # when asked, after the late count, before the answer
+
+    def answers(rank: int) -> int:
+        if (count := next(counts, None)) is not None:
+            return count
+        os.pwrite(stacks.memory, b"here\n", 0)
+        return 7
+
+    stacks = _stacks.Stacks([0], answers)
+    try:
+        assert {0: "here\n"} == stacks.ask({0: os.getpid()}, lambda number, rank: None)
+    finally:
+        stacks.close()
+
+
+def test_thousand_reports_under_load(launch: Launch, tmp_path: Path) -> None:
+    """Reports of ranks that are computing, one after the other from several threads, harm no worker."""
+    executor, stop = launch(2, rpc={"max_in_flight": 1100, "inline_bytes": 256}), tmp_path / "stop"
+    pids = executor.collective_rpc(faults.pid_of)
+
+    def compute(worker: Any) -> None:
+        def deeper(left: int) -> list[Any]:
+            return [deeper(left - 1)] if left else []
+
+        while not stop.exists():
+            deeper(50)  # frames come and go while they are looked at
+
+    def time_out(_: int) -> dict[int, str]:
+        with pytest.raises(ec.RpcTimeoutError) as caught:
+            executor.collective_rpc("where", 0.001)
+        return dict(caught.value.stacks)
+
+    computing = executor.collective_rpc(compute, non_block=True)
+    with ThreadPoolExecutor(4) as pool:
+        reports = list(pool.map(time_out, range(1000)))
+    stop.touch()
+
+    assert [None, None] == computing.result(60)
+    assert 1000 == sum({0, 1} == {rank for rank, text in stacks.items() if text} for stacks in reports)
+    assert 900 < sum("in compute" in stacks[0] and "in compute" in stacks[1] for stacks in reports)
+    assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+    assert pids == executor.collective_rpc(faults.pid_of)
 
 
 def test_health_names_a_rank_that_is_stuck(launch: Launch, tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ class Loading:
         _loading.segments, _loading.views = self._outer
 
 
-def load_tensor(index: int, dtype_name: str, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool) -> Any:
+def load_tensor(
+    index: int, dtype_name: str, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool
+) -> Any:
     """A tensor over its segment of the message being unpickled; ``shape`` and ``stride`` in elements."""
     import torch
 

@@ -151,8 +151,7 @@ def encode(value: object, name: str = "the value") -> Encoded:
     if not segments:
         return Encoded((pickled,), pickled.nbytes, Format.PICKLE)
     words = [len(segments), len(views), len(pickled)]
-    for segment in segments:
-        words.append(segment.nbytes)
+    words += [segment.nbytes for segment in segments]
     for view in views:
         words += view
     head = struct.pack(f"<{len(words)}Q", *words)

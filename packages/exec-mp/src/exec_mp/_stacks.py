@@ -99,12 +99,16 @@ class Stacks:
             self._read(rank)  # what came too late for the last report
             os.eventfd_write(self.bells[rank], 1)
         deadline = time.monotonic() + _HELPER_S
-        while (silent := [r for r, n in asked.items() if self._answers(r) == n]) and time.monotonic() < deadline:
+        reports = dict.fromkeys(stopped, "the process is stopped (SIGSTOP or a debugger)\n")
+        while (silent := asked.keys() - reports.keys()) and time.monotonic() < deadline:
             if self._closing:
                 return {}
             time.sleep(0.001)
-        reports = dict.fromkeys(stopped, "the process is stopped (SIGSTOP or a debugger)\n")
-        reports |= {rank: self._read(rank) for rank in asked if rank not in silent}
+            for rank in silent:
+                # Without text it was the answer to an earlier report, or the helper has met an error: no answer to this one.
+                if (count := self._answers(rank)) != asked[rank] and (text := self._read(rank)):
+                    reports[rank] = text
+                asked[rank] = count
         for rank in silent:
             send_signal(STACK_SIGNAL, rank)
         return reports | {rank: self._dumped(rank) for rank in silent}
