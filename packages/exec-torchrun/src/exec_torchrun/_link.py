@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from exec_torchrun._frames import Connection, Frame, Kind
+from exec_torchrun._frames import SPIN_S, Connection, Frame, Kind
 from exec_torchrun._rounds import DESCRIBE_S, Outgoing, Rounds
 
 _TICK_S = 0.05
@@ -136,10 +136,16 @@ class Hub:
             self._exchanged = True
             self._arm(on=False)
             self._deliver(self._rounds.arrive(0, word, time.monotonic()))
+            spin_until = time.monotonic() + SPIN_S
             while (verdict := self._verdict(word.turn, describe)) is None:
-                if time.monotonic() >= deadline:
+                now = time.monotonic()
+                if now >= deadline:
                     return None
-                self._serve(min(deadline, self._rounds.due))
+                if now < spin_until:
+                    if not self._serve(0.0):
+                        os.sched_yield()
+                else:
+                    self._serve(min(deadline, self._rounds.due))
             return verdict
 
     def _arm(self, *, on: bool) -> None:
@@ -175,10 +181,11 @@ class Hub:
                 due = self._rounds.due
                 pause_s = _TICK_S if not self._armed else None if due == math.inf else max(0.0, due - time.monotonic())
 
-    def _serve(self, until: float) -> None:
-        """Takes what has come, waiting until then for something to come, and says what is due."""
+    def _serve(self, until: float) -> bool:
+        """Takes what has come, waiting until then for something to come, and says what is due. Whether anything came."""
         timeout = -1.0 if until == math.inf else max(0.0, until - time.monotonic())
-        for fd, _ in self._inner.poll(timeout):
+        events = self._inner.poll(timeout)
+        for fd, _ in events:
             index = self._by_fd[fd]
             connection = self._members[index]
             connection.fill(socket.MSG_DONTWAIT)
@@ -187,6 +194,7 @@ class Hub:
                 self._lose(index)
         if (due := self._rounds.due) < math.inf and (now := time.monotonic()) >= due:
             self._deliver(self._rounds.expire(now))
+        return bool(events)
 
     def _take(self, index: int) -> None:
         while (frame := self._members[index].pop()) is not None:
