@@ -67,7 +67,7 @@ def median_s(executor: ec.Executor, method: str) -> float:
         times.append(time.perf_counter() - began)
     of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, times)
-    return statistics.median(map(max, *of_all))
+    return float(statistics.median(map(max, *of_all)))
 
 
 def main() -> None:
