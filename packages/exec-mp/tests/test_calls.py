@@ -32,18 +32,18 @@ def failure(rank: int, time_ns: int = 0, text: str = "wrong") -> Failure:
 
 def test_values_in_rank_order() -> None:
     """A call is finished by its last rank, and its values are in rank order whoever was first."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls)
 
-    assert (None, False) == calls.value(1, entry.id, "b")
-    assert (entry, False) == calls.value(0, entry.id, "a")
+    assert [] == calls.value(1, entry.id, "b")
+    assert [entry] == calls.value(0, entry.id, "a")
     assert ["a", "b"] == entry.outcome()
     assert 0 == len(calls.in_flight)
 
 
 def test_values_of_reply_ranks_only() -> None:
     """Every rank acknowledges, the values of some are returned, through the aggregate where there is one."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call((0, 1, 2), (2,), aggregate=len))
     for rank in (2, 0, 1):
         calls.value(rank, entry.id, rank)
@@ -53,7 +53,7 @@ def test_values_of_reply_ranks_only() -> None:
 
 def test_ids_are_never_used_again() -> None:
     """A late reply to an old call cannot be taken for one to a new call."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     first = opened(calls)
     calls.withdraw(first)
 
@@ -62,19 +62,90 @@ def test_ids_are_never_used_again() -> None:
 
 def test_reply_read_twice() -> None:
     """A reply that is read again, after an interruption, changes nothing."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls)
     calls.value(0, entry.id, "a")
 
-    assert (None, False) == calls.value(0, entry.id, "other")
+    assert [] == calls.value(0, entry.id, "other")
     calls.value(1, entry.id, "b")
     assert ["a", "b"] == entry.outcome()
-    assert (None, False) == calls.value(1, entry.id, "other")
+    assert [] == calls.value(1, entry.id, "other")
+
+
+def test_acknowledgement_of_all_ranks() -> None:
+    """An acknowledgement of every rank finishes the calls up to it, in their order, with nothing for values."""
+    calls = Calls(4, 2)
+    first, second, third = opened(calls), opened(calls), opened(calls)
+
+    assert [] == calls.acknowledge([second.id, 0])
+    assert [first, second] == calls.acknowledge([third.id, second.id])
+    assert [third] == calls.acknowledge([third.id, third.id])
+    assert [[None, None]] * 3 == [entry.outcome() for entry in (first, second, third)]
+    assert {first.late, second.late, third.late} == {None}
+
+
+def test_acknowledgement_beside_values_and_errors() -> None:
+    """An acknowledgement stands for what a rank has not answered otherwise: values and errors told before it stay."""
+    calls = Calls(4, 2)
+    valued, failed, bare = opened(calls), opened(calls), opened(calls)
+    calls.value(1, valued.id, "b")
+    calls.error(failed.id, failure(1), now=10.0)
+
+    assert [valued, failed, bare] == calls.acknowledge([bare.id, bare.id])
+    assert [[None, "b"], [None, None]] == [valued.outcome(), bare.outcome()]
+    with pytest.raises(ValueError, match="wrong"):
+        failed.outcome()
+
+
+def test_acknowledgement_of_some_ranks() -> None:
+    """Ranks that do not run a call have no say in it, however far behind or ahead they are."""
+    calls = Calls(4, 4)
+    first, second = opened(calls, call((0, 2))), opened(calls, call((1, 2, 3)))
+
+    assert [first] == calls.acknowledge([first.id, 0, first.id, 0])
+    assert [1, 2, 3] == calls.owing(second)
+    assert [] == calls.acknowledge([first.id, second.id, first.id, second.id])
+    assert [2] == calls.owing(second)
+    assert [second] == calls.acknowledge([first.id, second.id, second.id, second.id])
+
+
+def test_acknowledgement_read_twice() -> None:
+    """What was acknowledged already, and is read again after an interruption, changes nothing."""
+    calls = Calls(4, 2)
+    first, second = opened(calls), opened(calls)
+    calls.acknowledge([first.id, first.id])
+
+    assert [] == calls.acknowledge([first.id, first.id])
+    assert [] == calls.value(0, first.id, "again")
+    assert [0, 1] == calls.owing(second)
+
+
+def test_late_acknowledgement() -> None:
+    """An acknowledgement after the time-out is late, and says of which rank."""
+    calls = Calls(4, 3)
+    entry = opened(calls, call((0, 1, 2), deadline=1.0))
+    calls.acknowledge([entry.id, 0, entry.id])
+    calls.settle(entry)
+
+    assert calls.late(1) is entry.call
+    assert [entry] == calls.acknowledge([entry.id] * 3)
+    assert 1 == entry.late
+    assert calls.late(1) is None
+
+
+def test_acknowledged_rank_opens_the_next_gate() -> None:
+    """A rank that is through lets the next one in, also when it has nothing to say."""
+    calls = Calls(4, 3)
+    entry = opened(calls, call((0, 1, 2), max_concurrent=2))
+    assert [0, 1] == granted(calls)
+    calls.acknowledge([0, entry.id, 0])
+
+    assert [2] == granted(calls)
 
 
 def test_no_more_than_the_limit_in_flight() -> None:
     """A call beyond the limit gets no place until one of the others is through."""
-    calls = Calls(1)
+    calls = Calls(1, 4)
     entry = opened(calls, call((0,)))
 
     assert calls.open(call(), None) is None
@@ -84,7 +155,7 @@ def test_no_more_than_the_limit_in_flight() -> None:
 
 def test_withdrawn_call_gives_its_place_back() -> None:
     """A call that was not sent after all takes no place."""
-    calls = Calls(1)
+    calls = Calls(1, 4)
     calls.withdraw(opened(calls))
 
     assert 0 == len(calls.in_flight)
@@ -95,10 +166,10 @@ def test_withdrawn_call_gives_its_place_back() -> None:
 
 def test_error_of_the_only_rank_is_final_at_once() -> None:
     """When nobody else owes an answer an error finishes the call."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call((0,)))
 
-    assert (entry, False) == calls.error(entry.id, failure(0), now=10.0)
+    assert [entry] == calls.error(entry.id, failure(0), now=10.0)
     with pytest.raises(ValueError, match="wrong"):
         entry.outcome()
     assert (0, 100) == (entry.call.failure and entry.call.failure.rank, entry.call.failure and entry.call.failure.pid)
@@ -106,10 +177,10 @@ def test_error_of_the_only_rank_is_final_at_once() -> None:
 
 def test_error_waits_a_moment_for_a_death() -> None:
     """While others owe an answer an error is held back: a death that explains it may be on its way."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls)
 
-    assert (None, False) == calls.error(entry.id, failure(0), now=10.0)
+    assert [] == calls.error(entry.id, failure(0), now=10.0)
     assert not entry.is_due(10.0)
     assert entry.is_due(10.0 + DEATH_GRACE_S)
     assert calls.settle(entry)
@@ -120,7 +191,7 @@ def test_error_waits_a_moment_for_a_death() -> None:
 
 def test_death_wins_over_a_peers_error() -> None:
     """A death that is reported before the held-back error is final is what the caller gets."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls)
     calls.error(entry.id, failure(0, text="connection closed"), now=10.0)
     calls.close(WorkerDiedError(1, 101, signal_name="SIGKILL"))
@@ -131,7 +202,7 @@ def test_death_wins_over_a_peers_error() -> None:
 
 def test_first_error_by_time_is_raised() -> None:
     """Of several errors the first by time is raised, whichever was read first, and lists the others."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls)
     calls.error(entry.id, failure(0, 2_000, "second"), now=10.0)
     calls.error(entry.id, failure(1, 1_000, "first"), now=10.0)
@@ -145,11 +216,11 @@ def test_first_error_by_time_is_raised() -> None:
 
 def test_error_beats_values() -> None:
     """One failing rank fails the call, however many have answered."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call((0, 1, 2)))
     calls.value(0, entry.id, 0)
     calls.error(entry.id, failure(1), now=10.0)
-    assert (entry, False) == calls.value(2, entry.id, 2)
+    assert [entry] == calls.value(2, entry.id, 2)
 
     with pytest.raises(ValueError, match="wrong"):
         entry.outcome()
@@ -160,7 +231,7 @@ def test_error_beats_values() -> None:
 
 def test_time_out_names_who_is_missing() -> None:
     """At its deadline a call fails, saying who has answered and who has not."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call((0, 1, 2), timeout_s=2.5, deadline=12.5))
     calls.value(1, entry.id, None)
     assert not entry.is_due(12.0)
@@ -175,16 +246,16 @@ def test_time_out_names_who_is_missing() -> None:
 
 def test_late_reply_is_dropped() -> None:
     """A reply after the time-out reaches nobody; the call keeps its place until all have answered, which is told as late."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     old = opened(calls, call(deadline=1.0))
     calls.settle(old)
     new = opened(calls)
 
-    assert (None, False) == calls.value(0, old.id, "old")
+    assert [] == calls.value(0, old.id, "old")
     calls.value(0, new.id, "new 0")
     assert 2 == len(calls.in_flight)
-    assert (old, True) == calls.error(old.id, failure(1), now=5.0)
-    assert ({}, []) == (old.values, old.failures)
+    assert [old] == calls.error(old.id, failure(1), now=5.0)
+    assert (1, {0: None, 1: None}, []) == (old.late, old.values, old.failures)
     assert 1 == len(calls.in_flight)
     calls.value(1, new.id, "new 1")
     assert ["new 0", "new 1"] == new.outcome()
@@ -192,7 +263,7 @@ def test_late_reply_is_dropped() -> None:
 
 def test_rank_that_owes_a_late_reply_is_known() -> None:
     """It is known which rank is still inside a call that was given up, and inside which."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call(deadline=1.0))
     calls.value(0, entry.id, None)
     assert calls.late(1) is None
@@ -206,7 +277,7 @@ def test_rank_that_owes_a_late_reply_is_known() -> None:
 
 def test_settling_what_is_finished_changes_nothing() -> None:
     """A call that finished while somebody was about to time it out keeps its values."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call((0,), deadline=1.0))
     calls.value(0, entry.id, "in time")
 
@@ -216,7 +287,7 @@ def test_settling_what_is_finished_changes_nothing() -> None:
 
 def test_next_deadline_is_that_of_futures() -> None:
     """Blocking callers watch their own deadlines; those of futures are watched for them."""
-    calls = Calls(8)
+    calls = Calls(8, 4)
     opened(calls, call(deadline=1.0))
     assert math.inf == calls.due()
     later, sooner = opened(calls, call(deadline=9.0), Future()), opened(calls, call(deadline=5.0), Future())
@@ -230,7 +301,7 @@ def test_next_deadline_is_that_of_futures() -> None:
 
 def test_error_makes_a_future_due_sooner() -> None:
     """A held-back error is due long before the call's own deadline."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call(deadline=99.0), Future())
     calls.error(entry.id, failure(0), now=10.0)
 
@@ -239,11 +310,12 @@ def test_error_makes_a_future_due_sooner() -> None:
 
 def test_abandoned_call() -> None:
     """A caller that was interrupted leaves a call whose replies are late ones."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call((0,)))
     calls.abandon(entry, KeyboardInterrupt())
 
-    assert (entry, True) == calls.value(0, entry.id, None)
+    assert [entry] == calls.value(0, entry.id, None)
+    assert 0 == entry.late
 
 
 # The end
@@ -251,7 +323,7 @@ def test_abandoned_call() -> None:
 
 def test_close_fails_what_is_pending() -> None:
     """At the end every unfinished call fails, each with an error of its own, and finished ones keep their values."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     done, first, second = opened(calls, call((0,))), opened(calls), opened(calls)
     calls.value(0, done.id, "kept")
     error = WorkerDiedError(1, 101)
@@ -265,12 +337,12 @@ def test_close_fails_what_is_pending() -> None:
         raised.append(caught.value)
     assert raised[0] is not raised[1]
     assert calls.closed_by is error
-    assert (None, False) == calls.value(0, first.id, "after the end")
+    assert [] == calls.value(0, first.id, "after the end")
 
 
 def test_first_end_counts() -> None:
     """A shutdown after a death does not hide the death."""
-    calls, death = Calls(4), WorkerDiedError(1, 101)
+    calls, death = Calls(4, 4), WorkerDiedError(1, 101)
     calls.close(death)
     calls.close(RuntimeError("shut down"))
 
@@ -287,7 +359,7 @@ def granted(calls: Calls) -> list[int]:
 
 def test_gates_open_one_after_the_other() -> None:
     """With a limit of two, two ranks start, and each that is through lets the next one in."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call((0, 1, 2, 3), max_concurrent=2))
 
     assert [0, 1] == granted(calls)
@@ -300,7 +372,7 @@ def test_gates_open_one_after_the_other() -> None:
 
 def test_gates_wait_for_the_sending() -> None:
     """A call that is not sent yet opens no gate, and loses none."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = calls.open(call((0, 1), max_concurrent=1), None)
     assert entry is not None
     assert [] == granted(calls)
@@ -311,7 +383,7 @@ def test_gates_wait_for_the_sending() -> None:
 
 def test_limit_that_does_not_limit() -> None:
     """With room for all ranks there is no gate."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     opened(calls, call((0, 1), max_concurrent=2))
 
     assert not calls.gated
@@ -319,7 +391,7 @@ def test_limit_that_does_not_limit() -> None:
 
 def test_gated_calls_take_turns() -> None:
     """The second gated call starts when the first is through, since each rank runs them in order."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     first, second = opened(calls, call(max_concurrent=1)), opened(calls, call(max_concurrent=1))
     seen = []
     for entry in (first, second):
@@ -333,7 +405,7 @@ def test_gated_calls_take_turns() -> None:
 
 def test_gates_of_a_call_that_timed_out_still_open() -> None:
     """A staggered call that was given up goes on: its ranks have it in their rings and would wait for ever."""
-    calls = Calls(4)
+    calls = Calls(4, 4)
     entry = opened(calls, call(max_concurrent=1, deadline=1.0))
     assert [0] == granted(calls)
     calls.settle(entry)

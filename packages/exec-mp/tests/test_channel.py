@@ -50,11 +50,23 @@ class Ends:
 
     def take(self, rank: int) -> Any:
         """What the next reply of ``rank`` carries."""
-        assert rank in self.driver.look()
-        answer = self.driver.open(rank, self.driver.take(rank))
+        words = self.driver.look()
+        assert words is not None
+        number = next(number for of, number in self.driver.replies(words) if of == rank)
+        answer = self.driver.open(rank, number, self.driver.take(rank, number))
         value = messages.decode(answer.body, answer.format, owned=answer.owned)
-        self.driver.consume(rank)
+        self.driver.consume(self.up_to(rank, number + 1))
         return value
+
+    def up_to(self, rank: int, number: int) -> list[int]:
+        """The words as they were when so many replies of ``rank`` had come, and of the others those that were taken."""
+        row = self.driver.geometry.row
+        return [*self.driver._seen[: row + rank], number, *self.driver._seen[row + rank + 1 :]]
+
+    def replied(self) -> list[int]:
+        """Ranks with a reply in their ring."""
+        words = self.driver.look()
+        return [] if words is None else sorted({rank for rank, _ in self.driver.replies(words)})
 
 
 @contextlib.contextmanager
@@ -137,7 +149,7 @@ def test_full_reply_ring_waits_for_the_driver(ends: Ends) -> None:
     taken: list[Any] = []
     while len(taken) < 12:
         ends.driver.sleep(0.01)
-        while ends.driver.look():
+        while ends.replied():
             taken.append(ends.take(0))
     thread.join()
 
@@ -232,7 +244,7 @@ def test_more_ranks_than_bits_in_a_word() -> None:
             ends.answer(rank, rank)
 
         assert {63: (1, False), 129: (1, True), 0: (2, True), 64: (2, True)} == got
-        assert [64, 129] == ends.driver.look()
+        assert [64, 129] == ends.replied()
         assert [129, 64] == [ends.take(129), ends.take(64)]
 
 
@@ -254,6 +266,41 @@ def test_gated_request_waits_for_its_gate(ends: Ends) -> None:
     thread.join(30)
 
     assert [1, 2] == got
+
+
+def test_acknowledgements_of_all_ranks_are_seen_at_once(ends: Ends) -> None:
+    """What ranks acknowledge is seen without a reply of theirs, the last call standing for those before it."""
+    assert ends.driver.look() is None
+    ends.workers[0].acknowledge(8)
+    ends.workers[1].acknowledge(8)
+    ends.workers[1].acknowledge(9)
+
+    words = ends.driver.look()
+    assert words is not None
+    assert ([8, 9], []) == (ends.driver.acks(words), ends.driver.replies(words))
+    ends.driver.consume(words)
+    assert ends.driver.look() is None
+
+
+def test_acknowledgement_does_not_overtake_a_reply(ends: Ends) -> None:
+    """Who sees that a later call is acknowledged sees the reply to an earlier one as well."""
+    ends.answer(0, "value", call_id=8)
+    ends.workers[0].acknowledge(9)
+
+    words = ends.driver.look()
+    assert words is not None
+    assert ([9, 0], [(0, 0)]) == (ends.driver.acks(words), ends.driver.replies(words))
+
+
+def test_acknowledgement_wakes_a_sleeper(ends: Ends) -> None:
+    """The bell rings for a driver that sleeps."""
+    ends.driver.stay_awake()
+    ends.workers[0].acknowledge(8)
+    assert not ends.driver.sleep(0.001)
+    ends.driver.may_sleep()
+    ends.workers[0].acknowledge(9)
+
+    assert ends.driver.sleep(30.0)
 
 
 def test_current_call_is_shown(ends: Ends) -> None:
@@ -305,7 +352,7 @@ def test_who_is_awake_is_not_rung(ends: Ends) -> None:
     """The bell rings for a driver that may sleep, not for one that looks."""
     ends.driver.stay_awake()
     ends.answer(0, "seen")
-    assert [0] == ends.driver.look()
+    assert [0] == ends.replied()
     assert not ends.driver.sleep(0.001)
     ends.driver.may_sleep()
     ends.answer(1, "heard")

@@ -1,6 +1,9 @@
 """The driver's calls in flight: who has answered, who owes what, which call fails with what. Pure: no I/O, no locks, no clock.
 
-    open -> [reply ...] -> finished (value or error) -> closed when every rank has acknowledged
+    open -> [value, error, acknowledge ...] -> finished (value or error) -> closed when every rank has answered
+
+A rank answers with a value or an error, which name their call, or with an acknowledgement, which stands for all its calls up
+to one that it has not answered otherwise.
 
 A call that finishes early (a time-out, a failing rank) stays here until the last of its ranks has answered: its late
 replies are recognised and dropped, its place in flight stays taken, and `Calls.late` says who is still inside.
@@ -35,20 +38,19 @@ class Entry:
         id: its number on the wire, from 1.
         number: its place in the request ring; None until sent, or when no remote rank runs it.
         future: None for a blocking caller.
-        pending: ranks that have not acknowledged.
-        values: by rank.
+        values: of the ranks that have answered with more than an acknowledgement; None for an error.
         failures: error replies so far.
         settle_at: when a held-back error is final (monotonic seconds).
         ungated: ranks that may not start yet, in order.
         sent: gates may be opened.
         finished: ``error`` or ``values`` are final.
+        late: a rank that has answered when the call was finished already; set when it is closed.
         waiter: what wakes the blocking caller, where it waits for another thread.
     """
 
     id: int
     call: Call
     future: Future[Any] | None
-    pending: set[int]
     values: dict[int, Any]
     number: int | None = None
     failures: list[Failure] = _NO_FAILURES
@@ -56,6 +58,7 @@ class Entry:
     ungated: list[int] = _NOT_GATED
     sent: bool = False
     finished: bool = False
+    late: int | None = None
     error: BaseException | None = None
     waiter: Any = None
 
@@ -75,18 +78,19 @@ class Entry:
                 self.call.failure = min(self.failures, key=lambda failure: failure.time_ns)
             raise self.error
         call, values = self.call, self.values
-        wanted = list(map(values.__getitem__, call.reply_ranks))
+        wanted = list(map(values.get, call.reply_ranks)) if values else [None] * len(call.reply_ranks)
         return wanted if call.aggregate is None else call.aggregate(wanted)
 
 
 class Calls:
     """All calls in flight of one generation. The caller serialises access."""
 
-    def __init__(self, max_in_flight: int) -> None:
+    def __init__(self, max_in_flight: int, world_size: int) -> None:
         self.max_in_flight = max_in_flight
         self.closed_by: BaseException | None = None  # nothing is opened any more
         self.in_flight: dict[int, Entry] = {}  # by id, oldest first
         self.gated: list[Entry] = []  # those of them that start rank by rank, oldest first
+        self._acks = [0] * world_size  # by rank: it has answered its calls up to this id
         self._next = 1
 
     @property
@@ -98,7 +102,7 @@ class Calls:
         """A place for ``call``, or None when `max_in_flight` is reached."""
         if len(self.in_flight) >= self.max_in_flight:
             return None
-        entry = Entry(self._next, call, future, set(call.ranks), {})
+        entry = Entry(self._next, call, future, {})
         if call.max_concurrent is not None and call.max_concurrent < len(call.ranks):
             entry.ungated = list(call.ranks)
             self.gated.append(entry)
@@ -125,42 +129,73 @@ class Calls:
         entry = self.in_flight.get(call_id)
         return None if entry is None else entry.call.name
 
+    def owing(self, entry: Entry) -> list[int]:
+        """Ranks that have not answered ``entry``."""
+        acks, values, call_id = self._acks, entry.values, entry.id
+        return [rank for rank in entry.call.ranks if acks[rank] < call_id and rank not in values]
+
     def late(self, rank: int) -> Call | None:
         """The oldest call that ``rank`` still owes and whose caller has given up on it."""
-        return next((e.call for e in self.in_flight.values() if e.finished and rank in e.pending), None)
+        return next((e.call for e in self.in_flight.values() if e.finished and rank in self.owing(e)), None)
 
-    def value(self, rank: int, call_id: int, value: Any) -> tuple[Entry | None, bool]:
-        """``rank`` has run the call. The entry if it needs no more replies, and whether they came too late for anyone."""
-        entry = self.in_flight.get(call_id)
-        if entry is None or rank not in entry.pending:
-            return None, False  # read twice, after an interruption
-        if not entry.finished:
-            entry.values[rank] = value
-        return self._acknowledged(entry, rank)
+    def acknowledge(self, acks: list[int]) -> list[Entry]:
+        """Each rank has answered its calls up to the id in ``acks``. The entries that nobody owes any more.
 
-    def error(self, call_id: int, failure: Failure, now: float) -> tuple[Entry | None, bool]:
+        Values and errors of those calls have been told here before.
+        """
+        before, self._acks = self._acks, acks
+        low, high = min(acks), max(acks)
+        closed = []
+        for call_id, entry in self.in_flight.items():
+            if call_id > high:
+                break
+            if call_id <= low or not self.owing(entry):
+                closed.append(entry)
+                if entry.finished:
+                    entry.late = next(r for r in entry.call.ranks if before[r] < call_id and r not in entry.values)
+        for entry in closed:
+            self._close(entry)
+        return closed
+
+    def value(self, rank: int, call_id: int, value: Any) -> list[Entry]:
+        """``rank`` has run the call and has a value. Its entry, if nobody owes it any more."""
+        entry = self._owed(rank, call_id)
+        if entry is None:
+            return []
+        return self._answered(entry, rank, None if entry.finished else value)
+
+    def error(self, call_id: int, failure: Failure, now: float) -> list[Entry]:
         """A rank has failed. While others owe an answer, the error is held back for `DEATH_GRACE_S`."""
-        entry = self.in_flight.get(call_id)
-        if entry is None or failure.rank not in entry.pending:
-            return None, False
+        entry = self._owed(failure.rank, call_id)
+        if entry is None:
+            return []
         if not entry.finished:
             entry.failures = [*entry.failures, failure]
             entry.settle_at = min(entry.settle_at, now + DEATH_GRACE_S)
             if entry.waiter is not None:
                 entry.waiter.set()  # it is due sooner now
-        return self._acknowledged(entry, failure.rank)
+        return self._answered(entry, failure.rank, None)
 
-    def _acknowledged(self, entry: Entry, rank: int) -> tuple[Entry | None, bool]:
-        pending = entry.pending
-        pending.discard(rank)
+    def _owed(self, rank: int, call_id: int) -> Entry | None:
+        """A call in flight, unless ``rank`` has answered it: what is read again, after an interruption, changes nothing."""
+        entry = self.in_flight.get(call_id)
+        return None if entry is None or rank in entry.values or self._acks[rank] >= call_id else entry
+
+    def _answered(self, entry: Entry, rank: int, value: Any) -> list[Entry]:
+        entry.values[rank] = value
         if entry.ungated and rank in entry.ungated:  # rank 0 inline waits for no gate
             entry.ungated.remove(rank)
-        if pending:
-            return None, False
-        self._drop(entry)
+        if self.owing(entry):
+            return []
         if entry.finished:
-            return entry, True
-        return self._finish(entry, first_failure(entry.failures) if entry.failures else None), False
+            entry.late = rank
+        self._close(entry)
+        return [entry]
+
+    def _close(self, entry: Entry) -> None:
+        self._drop(entry)
+        if not entry.finished:
+            self._finish(entry, first_failure(entry.failures) if entry.failures else None)
 
     @staticmethod
     def _finish(entry: Entry, error: BaseException | None) -> Entry:
@@ -188,12 +223,12 @@ class Calls:
         """Finishes an overdue call with its held-back error, or as timed out. False when it is finished already."""
         if entry.finished:
             return False
-        pending = sorted(entry.pending)
+        pending = self.owing(entry)
         if entry.failures:
             error = first_failure(entry.failures)
             error.add_note(f"ranks {pending} are still inside {entry.call.name!r}")
         else:
-            answered = [rank for rank in entry.call.ranks if rank not in entry.pending]
+            answered = [rank for rank in entry.call.ranks if rank not in pending]
             error = RpcTimeoutError(entry.call.name, entry.call.timeout_s or 0.0, answered, pending)
         self._finish(entry, error)
         return True
@@ -213,7 +248,7 @@ class Calls:
         if not self.gated or not self.gated[0].sent:
             return []
         oldest = self.gated[0]
-        running = len(oldest.pending) - len(oldest.ungated)
+        running = len(self.owing(oldest)) - len(oldest.ungated)
         granted = oldest.ungated[: max(0, (oldest.call.max_concurrent or 0) - running)]
         del oldest.ungated[: len(granted)]
         return [(rank, oldest) for rank in granted]

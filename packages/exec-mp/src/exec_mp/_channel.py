@@ -1,7 +1,8 @@
 """Bytes between the driver and its workers: shared memory (`exec_mp._layout`), and an eventfd for each to sleep on.
 
-    driver   DriverChannel.publish ==request ring==> WorkerChannel.next      worker
-    driver   DriverChannel.take    <==reply ring==   WorkerChannel.publish   worker (one ring each)
+    driver   DriverChannel.publish ==request ring==> WorkerChannel.next          worker
+    driver   DriverChannel.take    <==reply ring==   WorkerChannel.publish       worker (one ring each)
+    driver   DriverChannel.look    <==its word==     WorkerChannel.acknowledge   worker, when there is nothing to say
 
 A message up to ``inline_bytes`` lies in its ring slot, a larger one in a block of the writer's arena.
 
@@ -11,6 +12,9 @@ Who writes what, in which order:
   ``REPLIES`` word: *one aligned 8-byte store* through a memoryview cast to ``Q``, a single instruction in CPython. On
   x86-64 stores become visible in order, so who sees the number sees the message; elsewhere a system call stands
   between the two (untested). Then it rings the bell, an eventfd, of who sleeps.
+* An id in the rank's ``ACKS`` word says that it has answered its calls up to that one: those that have a reply in the ring,
+  with that, which is there before the id; all others, with nothing. So most answers are one store, and the driver sees
+  those of all ranks at once, however many there are. It looks at ``ACKS`` first, then at ``REPLIES``.
 * A reader copies the message out, or holds its block (`exec_mp._arena`), then stores its position; the writer reuses
   the slot.
 * Who is going to sleep says so in ``SLEEPS`` or ``DRIVER_SLEEPS``, and looks once more. Between the two, as between a
@@ -34,7 +38,7 @@ from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded, Format
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._layout import REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve
+from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve
 
 SPIN_S = 200e-6  # "auto": catches a prompt answer; a cadence of steps pays for a sixteenth of it only, see `patience`
 
@@ -43,7 +47,6 @@ _NO_BODY = memoryview(b"")
 _EXIT, _GATED, _ONE_READER = 1, 2, 4  # flags of a request
 _REQUEST = struct.Struct("<" + REQUEST)  # call id, flags, body bytes, format, arena position (0: inline), block, name
 _REPLY = struct.Struct("<7Q")  # call id, status, format, body bytes, arena position, block, time in ns
-_WORD = (1 << 64) - 1
 _MASKS = 256  # remembered; a program chooses among few sets of ranks
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
@@ -98,18 +101,20 @@ class DriverChannel:
         self._slots, self._crowd = geometry.slots, geometry.slots // 2
         self._requests, self._request_slot = geometry.requests, geometry.request_slot
         self._request_head, self._inline_bytes = geometry.request_head, geometry.inline_bytes
-        self._request = struct.Struct(f"<{2 * geometry.mask_words}Q{REQUEST}")
-        self._sleeps = shared.word(_layout.SLEEPS, 0)
+        self._request = struct.Struct(f"<{16 * geometry.mask_words}s{REQUEST}")
+        self._sleeps = slice(shared.word(_layout.SLEEPS, 0), shared.word(_layout.SLEEPS, size))
         self._sleep_word = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._words[self._sleep_word] = 1
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._sent = 0  # requests published; by the publishing thread
         self._read = 0  # of them, known to be read by all; likewise
         self._chosen: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # whom `_mask` was made for
-        self._mask: tuple[int, ...] = (0,) * (2 * geometry.mask_words)
-        self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
-        self._replies = slice(shared.word(_layout.REPLIES, 0), shared.word(_layout.REPLIES, size))
-        self._seen = [0] * size  # replies taken from each rank; by the taking thread
+        self._mask = b""
+        self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], bytes] = {}
+        self._row = geometry.row
+        self._answers = slice(shared.word(_layout.ACKS, 0), shared.word(_layout.REPLIES, self._row))
+        self._replies = slice(shared.word(_layout.REPLIES, 0), shared.word(_layout.REPLIES, self._row))
+        self._seen = [0] * (2 * self._row)  # what `look` found that has been dealt with; by the taking thread
         self._poll = select.poll()
         self._poll.register(self.bell, select.POLLIN)
 
@@ -141,18 +146,20 @@ class DriverChannel:
             flags |= _ONE_READER
         slot = self._requests + number % self._slots * self._request_slot
         self._request.pack_into(
-            self._view, slot + 8, *self._mask, call_id, flags, nbytes, body.format, position, block, name
+            self._view, slot + 8, self._mask, call_id, flags, nbytes, body.format, position, block, name
         )
         if nbytes:
             self._shared.write_body(body.parts, position or slot + self._request_head)
-        fence()
+        if not IN_ORDER:
+            fence()
         self._sent = words[slot // 8] = number + 1
         with self._in_order:
             pass
-        sleeps = self._sleeps
-        for rank in self.remote_ranks if crowded else ranks:
-            if words[sleeps + rank]:
-                os.eventfd_write(self.bells[rank], 1)
+        sleeping = words[self._sleeps].tolist()
+        if 1 in sleeping:
+            for rank in self.remote_ranks if crowded else ranks:
+                if sleeping[rank]:
+                    os.eventfd_write(self.bells[rank], 1)
         return number
 
     def publish_exit(self) -> None:
@@ -165,14 +172,14 @@ class DriverChannel:
         """`publish`, but a rank starts the call only when `open_gate` says so."""
         return self.publish(call_id, name, body, ranks, reply_ranks, _GATED)
 
-    def _masked(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]) -> tuple[int, ...]:
+    def _masked(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]) -> bytes:
         """One bit per rank for who runs it, then for whose value is wanted."""
         mask = self._masks.get((ranks, reply_ranks))
         if mask is not None:
             return mask
-        count = self.geometry.mask_words
+        nbytes = 8 * self.geometry.mask_words
         numbers = (sum(1 << rank for rank in chosen) for chosen in (ranks, reply_ranks))
-        mask = tuple(number >> 64 * word & _WORD for number in numbers for word in range(count))
+        mask = b"".join(number.to_bytes(nbytes, "little") for number in numbers)
         if len(self._masks) < _MASKS:
             self._masks[ranks, reply_ranks] = mask
         return mask
@@ -183,33 +190,48 @@ class DriverChannel:
         self._read = min(self._words[first + rank] for rank in self.remote_ranks)
         return self._read
 
-    def look(self) -> list[int]:
-        """Ranks with a reply that has not been taken."""
-        counts = self._words[self._replies].tolist()
-        if counts == self._seen:
+    def look(self) -> list[int] | None:
+        """The words that say what the ranks have answered, or None while that is what was `consume`-d last."""
+        words: list[int] = self._words[self._answers].tolist()
+        if words == self._seen:
+            return None
+        if not IN_ORDER:
+            fence()
+            words[self._row :] = self._words[self._replies].tolist()
+        return words
+
+    def acks(self, words: list[int]) -> list[int]:
+        """By rank: the id of the call up to which it has answered."""
+        return words[: self.geometry.world_size]
+
+    def replies(self, words: list[int]) -> list[tuple[int, int]]:
+        """Rank and number of each reply in a ring that has not been consumed."""
+        row, seen = self._row, self._seen
+        if words[row:] == seen[row:]:
             return []
-        return [rank for rank, count in enumerate(counts) if count != self._seen[rank]]
+        return [(rank, n) for rank in self.remote_ranks for n in range(seen[row + rank], words[row + rank])]
 
-    def take(self, rank: int) -> Header:
-        """The next reply of ``rank``, one that `look` has seen."""
-        fence()
-        slot = self._reply_rings[rank] + self._seen[rank] % self._slots * self._reply_slot
-        return _REPLY.unpack_from(self._view, slot)
+    def take(self, rank: int, number: int) -> Header:
+        """A reply that `replies` has named."""
+        return _REPLY.unpack_from(self._view, self._reply_rings[rank] + number % self._slots * self._reply_slot)
 
-    def open(self, rank: int, header: Header) -> Answer:
+    def open(self, rank: int, number: int, header: Header) -> Answer:
         """What `take` found."""
         _, status, fmt, nbytes, position, block, time_ns = header
         if position:
             body = self._shared.lend(position, nbytes, self._reply_holds[rank], block)
         else:
-            start = self._reply_rings[rank] + self._seen[rank] % self._slots * self._reply_slot + REPLY_HEAD
+            start = self._reply_rings[rank] + number % self._slots * self._reply_slot + REPLY_HEAD
             body = self._view[start : start + nbytes]
         return Answer(rank, status, fmt, body, position != 0, time_ns)
 
-    def consume(self, rank: int) -> None:
-        """The reply taken last from ``rank`` is done with; its slot may be used again."""
-        self._seen[rank] += 1
-        self._words[self._replies_read + rank] = self._seen[rank]
+    def consume(self, words: list[int]) -> None:
+        """What ``words`` say has been dealt with; the slots of the replies may be used again."""
+        row, seen = self._row, self._seen
+        self._seen = words
+        if words[row:] != seen[row:]:
+            for rank in self.remote_ranks:
+                self._words[self._replies_read + rank] = words[row + rank]
 
     def open_gate(self, rank: int, number: int) -> None:
         """Lets ``rank`` start gated requests up to ``number``."""
@@ -280,6 +302,7 @@ class WorkerChannel:
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._patience_s = geometry.spin_s
+        self._acks = self._at[_layout.ACKS]
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
         reply_holds = shared.holds(geometry.reply_holds(rank), BLOCKS)
@@ -296,7 +319,8 @@ class WorkerChannel:
             word = slot // 8
             if words[word] <= self._read:
                 self._await(word, self._read + 1)
-            fence()
+            if not IN_ORDER:
+                fence()
             if words[word + self._mask_word] >> self._mask_bit & 1:
                 break
             self.done_reading()
@@ -387,11 +411,22 @@ class WorkerChannel:
         _REPLY.pack_into(self._view, slot, call_id, status, body.format, nbytes, position, block, time_ns)
         if nbytes:
             self._shared.write_body(body.parts, position or slot + REPLY_HEAD)
-        fence()
+        if not IN_ORDER:
+            fence()
         self._replied = words[self._replies] = number + 1
         with self._in_order:
             pass
         if words[self._driver_sleeps]:
+            os.eventfd_write(self._driver_bell, 1)
+
+    def acknowledge(self, call_id: int) -> None:
+        """Says that all calls up to ``call_id`` are answered: those without a reply in the ring, with nothing to say."""
+        if not IN_ORDER:
+            fence()
+        self._words[self._acks] = call_id
+        with self._in_order:
+            pass
+        if self._words[self._driver_sleeps]:
             os.eventfd_write(self._driver_bell, 1)
 
     @property

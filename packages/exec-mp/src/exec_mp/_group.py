@@ -59,7 +59,7 @@ class ProcessGroup:
         self._max_message_bytes = config.rpc.max_message_bytes
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
-        self._calls = Calls(config.max_in_flight)
+        self._calls = Calls(config.max_in_flight, len(inits))
         self._processes = Processes(parts.session, parts.processes, self._method_of, self._died)
         self._closed = False
         self._wrapper = self._inline = None
@@ -189,14 +189,14 @@ class ProcessGroup:
         with self._lock:
             if reply.error is None:
                 value = reply.value if 0 in entry.call.reply_ranks else None
-                finished, late = self._calls.value(0, entry.id, value)
+                closed = self._calls.value(0, entry.id, value)
             else:
                 failure = Failure(0, os.getpid(), reply.error, reply.time_ns)
-                finished, late = self._calls.error(entry.id, failure, time.monotonic())
+                closed = self._calls.error(entry.id, failure, time.monotonic())
             if self._calls.gated:
                 self._receiver.open_gates()
-        if finished is not None and not late:
-            self._receiver.deliver(finished)
+        if closed and entry.late is None:
+            self._receiver.deliver(entry)
             self._receiver.act()
         elif reply.error is not None:
             self._receiver.look_again()
@@ -237,7 +237,7 @@ class ProcessGroup:
         with self._lock:
             final = [entry for entry in entries if not self._waits_for_death(entry, now)]
             settled = [entry for entry in final if self._calls.settle(entry)]
-            pending = {rank for entry in settled if not entry.failures for rank in entry.pending}
+            pending = {rank for entry in settled if not entry.failures for rank in self._calls.owing(entry)}
         pids = {rank: self._pids[rank] for rank in pending & self._processes.alive}
         nobody_waits = all(entry.future is not None for entry in settled)
         if pids and nobody_waits and self._receiver.is_current_thread():  # which has deaths to look out for
@@ -250,7 +250,7 @@ class ProcessGroup:
         """Whether an error is held back further: a rank that owes an answer is dying, which takes as long as freeing its memory."""
         if not entry.failures or now >= min(entry.call.deadline, entry.failures[0].time_ns / 1e9 + _DYING_S):
             return False
-        if not self._processes.is_exiting(self._processes.alive & entry.pending):
+        if not self._processes.is_exiting(self._processes.alive.intersection(self._calls.owing(entry))):
             return False
         entry.settle_at = now + DEATH_GRACE_S
         return True
@@ -261,7 +261,8 @@ class ProcessGroup:
             stacks = self._parts.stacks.ask(pids, self._processes.signal) if pids else {}
             for entry in settled:
                 if isinstance(entry.error, RpcTimeoutError):
-                    entry.error = entry.error.with_stacks({r: text for r, text in stacks.items() if r in entry.pending})
+                    still = self._calls.owing(entry)
+                    entry.error = entry.error.with_stacks({r: text for r, text in stacks.items() if r in still})
         finally:
             for entry in settled:
                 self._receiver.deliver(entry)

@@ -60,7 +60,9 @@ class ForkServer:
                 [sys.executable, "-P", "-c", program],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), pidfd),
-                start_new_session=True,  # Ctrl-C in the terminal is the driver's
+                # Ctrl-C in the terminal is the driver's. Not a session: Linux shares processors between sessions (autogroup),
+                # and then N workers together get as much as the driver, and are packed on the core that it does not use.
+                process_group=0,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads on import
             )
             on_error.pop_all()

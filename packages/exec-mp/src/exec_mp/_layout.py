@@ -5,8 +5,8 @@ One anonymous memfd holds everything::
     control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
 
 Control words are 8 bytes each, in rows with one word per rank. Each word has one writer: the driver for
-``REPLIES_READ``, ``GATE`` and ``DRIVER_SLEEPS`` (its first word), the rank for the others. ``REPLIES`` of all ranks lie
-side by side, so that the driver looks at one slice to see all.
+``REPLIES_READ``, ``GATE`` and ``DRIVER_SLEEPS`` (its first word), the rank for the others. ``ACKS`` and ``REPLIES`` of all
+ranks lie side by side, so that the driver looks at one slice to see all.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ from exec_core.errors import ExecutorError
 from exec_core.messages import Part
 from exec_mp._arena import BLOCKS
 
-REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS = range(9)  # rows
-_ROWS = 9
+ACKS, REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS = range(
+    10
+)  # rows
+_ROWS = 10
 REQUEST = "6Q56s"  # a request's header after number and masks, see `exec_mp._channel`; the name is padded with zeros
 REPLY_HEAD = 64  # bytes of a reply's header
 
-if platform.machine() in ("x86_64", "AMD64"):
-
-    def fence() -> None:
-        """Nothing: x86-64 keeps stores in order, and loads in order."""
-else:
-    fence = os.sched_yield  # a system call orders memory; untested
+# x86-64 keeps stores in order, and loads in order. Elsewhere `fence` has to stand between two of them; untested.
+IN_ORDER = platform.machine() in ("x86_64", "AMD64")
+fence = os.sched_yield  # a system call orders memory
 
 
 def _up(nbytes: int, to: int = 64) -> int:

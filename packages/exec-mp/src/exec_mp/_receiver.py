@@ -35,6 +35,10 @@ _AFTER_ERROR_S = 0.05  # an error that comes again at once must not take a whole
 _MAIN = threading.main_thread().ident
 
 
+Taken = tuple[int, int, object, Failure | None]
+"""A reply from a ring: rank, call id, value or failure."""
+
+
 class Receiver:
     """Reads replies, finishes calls.
 
@@ -120,18 +124,20 @@ class Receiver:
                 if leads:
                     self._leader = entry
                 else:
-                    if self._leader is None:
-                        self._arm(on=True)
                     if entry.waiter is None:
                         entry.waiter = Wakeup()
                     self._followers.append(entry)
+                    if self._leader is None:
+                        self._arm(on=True)
             if leads:
                 self._lead(entry)
             else:
                 entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
         finally:  # also when Ctrl-C comes between any two lines
             if self._leader is entry:
-                self._step_down(entry)
+                self._leader = None  # first: who has not seen this, is seen now
+                if self._followers or self._calls.in_flight:
+                    self._step_down(None)
             else:
                 self._unfollow(entry)
         if self._todo:
@@ -146,11 +152,11 @@ class Receiver:
         awake, began = True, clock()
         spin_until = began + self._patience_s
         while not entry.finished and not todo:
-            if ranks := look():
+            if words := look():
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
                 if alone and len(self._calls.in_flight) > 1:
                     return
-                self._process(ranks)
+                self._process(words)
                 now = clock()
                 spin_until = now + self._spin_s
                 if not awake:
@@ -210,8 +216,8 @@ class Receiver:
                 time.sleep(0.0005)  # the leader lets them in; a ring's room is not announced
             else:
                 self._channel.may_sleep()
-                if ranks := self._channel.look():
-                    self._process(ranks)
+                if words := self._channel.look():
+                    self._process(words)
                 else:
                     self._channel.sleep(0.001)
         finally:
@@ -236,50 +242,48 @@ class Receiver:
 
     # Replies
 
-    def _process(self, ranks: list[int]) -> None:
-        """Takes one reply of each of ``ranks``. The leader's alone."""
-        channel, taken = self._channel, []
-        for rank in ranks:
-            header = channel.take(rank)
-            value = failure = None
-            if header[2]:  # it has a body: a value, an error, progress
-                if header[1] == Status.PROGRESS:
-                    answer = channel.open(rank, header)
-                    self._todo.append(
-                        functools.partial(self._progress, rank, *messages.decode(answer.body, answer.format))
-                    )
-                    channel.consume(rank)
-                    continue
-                name = self._calls.name_of(header[0]) or "?"
-                value, failure = decoded(channel.open(rank, header), self._pids.get(rank, 0), name)
-            taken.append((rank, header[0], value, failure))
-        self._record(taken)
-        # After recording: interrupted in between, a reply is read again and recognised.
-        for reply in taken:
-            channel.consume(reply[0])
-
-    def _record(self, taken: list[tuple[int, int, object, Failure | None]]) -> None:
-        calls, failed = self._calls, False
-        done: list[Entry] = []
+    def _process(self, words: list[int]) -> None:
+        """Takes what the ranks have answered, as `DriverChannel.look` has found it. The leader's alone."""
+        channel, calls, taken = self._channel, self._calls, ()
+        if replies := channel.replies(words):
+            taken = [found for reply in replies if (found := self._take(*reply)) is not None]
         with self._lock:
-            for rank, call_id, value, failure in taken:
-                if failure is None:
-                    entry, late = calls.value(rank, call_id, value)
-                else:
-                    failed = True
-                    entry, late = calls.error(call_id, failure, time.monotonic())
-                if entry is None:
-                    continue
-                if late:
-                    self._todo.append(functools.partial(self._late, rank, entry.call.name))
-                else:
-                    done.append(entry)
+            closed = self._record(taken) if taken else []
+            closed += calls.acknowledge(channel.acks(words))
             if calls.gated:
                 self.open_gates()
-        for entry in done:
-            self.deliver(entry)
-        if failed:
-            self.look_again()
+        for entry in closed:
+            if entry.late is not None:
+                self._todo.append(functools.partial(self._late, entry.late, entry.call.name))
+            elif entry.future is not None or entry.waiter is not None:
+                self.deliver(entry)
+        # After recording: interrupted in between, a reply is read again and recognised.
+        channel.consume(words)
+
+    def _take(self, rank: int, number: int) -> Taken | None:
+        """A reply from a ring; None for one that is no answer."""
+        channel = self._channel
+        header = channel.take(rank, number)
+        call_id, status, has_body = header[:3]
+        if not has_body:
+            return rank, call_id, None, None
+        answer = channel.open(rank, number, header)
+        if status == Status.PROGRESS:
+            self._todo.append(functools.partial(self._progress, rank, *messages.decode(answer.body, answer.format)))
+            return None
+        name = self._calls.name_of(call_id) or "?"
+        return rank, call_id, *decoded(answer, self._pids.get(rank, 0), name)
+
+    def _record(self, taken: Sequence[Taken]) -> list[Entry]:
+        """Under the lock: tells the calls of values and failures. The entries that nobody owes any more."""
+        closed: list[Entry] = []
+        for rank, call_id, value, failure in taken:
+            if failure is None:
+                closed += self._calls.value(rank, call_id, value)
+            else:
+                closed += self._calls.error(call_id, failure, time.monotonic())
+                self._todo.append(self.look_again)  # it may have to be held back
+        return closed
 
     def open_gates(self) -> None:
         """Under the lock: lets ranks start calls that run on few of them at a time."""
@@ -363,8 +367,8 @@ class Receiver:
             self._leader = self
         try:
             self._channel.quiet()
-            while ranks := self._channel.look():
-                self._process(ranks)
+            while words := self._channel.look():
+                self._process(words)
         finally:
             self._step_down(self)
         return True

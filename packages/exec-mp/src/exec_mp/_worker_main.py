@@ -39,6 +39,15 @@ class Replier:
         self._channel = channel
         self._lock = threading.Lock()  # one writer of the reply ring at a time
         self._progress_at = 0.0  # when progress was sent last; guarded by _lock
+        self.unsettled = 0  # async outputs begun; written by the main thread
+        self.settled = 0  # of them, replied to; by the thread that finishes them, after the reply
+
+    def done(self, call_id: int) -> None:
+        """For the main thread: a call has run, and there is nothing to say about it."""
+        if self.settled == self.unsettled:
+            self._channel.acknowledge(call_id)
+        else:  # an acknowledgement would be one for the calls before it as well
+            self._publish(call_id, Status.VALUE, NOTHING, 0)
 
     def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
         status, body, error = Status.VALUE, NOTHING, reply.error
@@ -49,11 +58,14 @@ class Replier:
                 error = unpicklable
         if error is not None:
             status, body = Status.ERROR, _encode_error(error)
+        self._publish(call_id, status, body, reply.time_ns)
+
+    def _publish(self, call_id: int, status: Status, body: Encoded, time_ns: int) -> None:
         with self._lock:
             try:
-                self._channel.publish(call_id, status, body, reply.time_ns)
+                self._channel.publish(call_id, status, body, time_ns)
             except ExecutorError as unsendable:  # too large, or no memory: the small error always fits
-                self._channel.publish(call_id, Status.ERROR, messages.encode_error(unsendable), reply.time_ns)
+                self._channel.publish(call_id, Status.ERROR, messages.encode_error(unsendable), time_ns)
 
     def progress(self, done: int, total: int, what: str) -> None:
         now = time.monotonic()
@@ -87,6 +99,7 @@ class _Outputs:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="exec-output", daemon=True)
             self._thread.start()
+        self._replier.unsettled += 1
         self._queue.put((call_id, name, value))
 
     def _serve(self) -> None:
@@ -98,6 +111,7 @@ class _Outputs:
             except BaseException as error:
                 reply = Reply.of_error(error)
             self._replier.send(call_id, name, reply, wants_value=True)
+            self._replier.settled += 1
 
     def close(self) -> None:
         self._queue.put(None)
@@ -137,12 +151,12 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
             reply = wrapper.execute(request)
             del request
         value = reply.value
-        if value is None or as_async_output(value) is None:
+        if reply is _DONE or (not wants_value and reply.error is None):
+            replier.done(call_id)
+        elif value is None or as_async_output(value) is None:
             replier.send(call_id, name, reply, wants_value)
-        elif wants_value:
-            outputs.put(call_id, name, value)
         else:
-            replier.send(call_id, name, _DONE, wants_value=False)
+            outputs.put(call_id, name, value)
         channel.set_idle()  # after the reply, which is waited for
         del reply, value
     outputs.close()
