@@ -188,9 +188,12 @@ class WorkerContext:
             membership.leave()
 
     def close(self) -> None:
-        """Gives up everything the context made."""
+        """Gives up everything the context made. In a process of its own that is at the end of it."""
+        backend = self.config.device.distributed_backend or ("gloo" if self.device_name == "cpu" else "nccl")
         try:
-            self.leave()
+            # Gloo closes its connections one by one, and waits for its thread at each; the process's end closes all.
+            if self.in_driver or backend != "gloo":
+                self.leave()
         finally:
             if self.in_driver:  # elsewhere the launcher sweeps, which also outlives a killed worker
                 shutil.rmtree(self.private_root, ignore_errors=True)

@@ -7,6 +7,7 @@ host program made is never replaced or destroyed.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import sys
 import threading
@@ -21,6 +22,8 @@ import attrs
 from exec_core.errors import ConfigError, ExecutorError
 
 _LOOK_EVERY_S = 0.001
+_SLACK_NS = 10_000_000
+_PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # of linux/prctl.h
 
 _lock = threading.Lock()
 _users = 0  # memberships that rest on a default group made here; guarded by _lock
@@ -33,19 +36,52 @@ class Group:
     Attributes:
         ranks: its global ranks, in group order.
         rank: this worker's position in ``ranks``.
-        device_group, cpu_group: `torch.distributed.ProcessGroup` for device and for CPU tensors. On cuda one group
-            carries both NCCL and gloo, on cpu it is gloo's; collectives on either must be issued in the same order on
-            all ranks.
     """
 
     ranks: tuple[int, ...]
     rank: int
-    device_group: Any = attrs.field(repr=False)
-    cpu_group: Any = attrs.field(repr=False)
+    _made: Callable[[], Any] = attrs.field(repr=False)
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def device_group(self) -> Any:
+        """`torch.distributed.ProcessGroup` for device tensors.
+
+        On cuda one group carries both NCCL and gloo, on cpu it is gloo's; collectives on either must be issued in the same
+        order on all ranks.
+        """
+        return self._made()
+
+    @property
+    def cpu_group(self) -> Any:
+        """`torch.distributed.ProcessGroup` for CPU tensors."""
+        return self._made()
+
+
+class _Alone:
+    """The group of this rank alone, made when it is first used: most programs never do, and gloo gives it threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._group: Any = None  # guarded by _lock
+
+    def __call__(self) -> Any:
+        import torch.distributed as dist
+
+        with self._lock:
+            if self._group is None:
+                # Local synchronisation: the other ranks of the world need not know.
+                with _drowsy_threads():
+                    self._group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            return self._group
+
+    def forget(self) -> list[Any]:
+        """The group, if there is one, which is the caller's to destroy."""
+        group, self._group = self._group, None
+        return [] if group is None else [group]
 
 
 @attrs.frozen
@@ -88,9 +124,10 @@ class World:
 class Membership:
     """A worker's place in a world; `leave` it once."""
 
-    def __init__(self, groups: ProcessGroups, owned: list[Any], counted: bool) -> None:
+    def __init__(self, groups: ProcessGroups, owned: list[Any], alone: _Alone, counted: bool) -> None:
         self.groups = groups
         self._owned = owned  # subgroups made for this membership; empty when the default group goes with it
+        self._alone = alone
         self._counted = counted
 
     def check_may_leave(self) -> None:
@@ -106,7 +143,7 @@ class Membership:
         import torch.distributed as dist
 
         global _users
-        owned, self._owned = self._owned, []
+        owned, self._owned = [*self._owned, *self._alone.forget()], []
         counted, self._counted = self._counted, False
         with _lock:
             _users -= counted
@@ -145,18 +182,17 @@ def join(world: World) -> Membership:
                     "the default process group", f"must be rank {world.rank} of {world.world_size}",
                     f"rank {dist.get_rank()} of {dist.get_world_size()}", "match the parallel sizes to the group",
                 )  # fmt: skip
-            groups = _split(world)
+            groups, made, alone = _split(world)
             _users += ours
-            made = (groups.tp.cpu_group, groups.pp.cpu_group, groups.dp.cpu_group)  # or WORLD, where they are the world
-            return Membership(groups, [group for group in made if group is not dist.group.WORLD], counted=ours)
+            return Membership(groups, made, alone, counted=ours)
         try:
             _init_default(world)
-            groups = _split(world)
+            groups, _, alone = _split(world)
         except BaseException:
             _forget_default()
             raise
         _users = 1
-        return Membership(groups, [], counted=True)
+        return Membership(groups, [], alone, counted=True)
 
 
 def _init_default(world: World) -> None:
@@ -173,7 +209,7 @@ def _init_default(world: World) -> None:
         options["store"] = _tcp_store(world)
     else:
         options["init_method"] = world.init_method
-    with _excepthook_kept():
+    with _excepthook_kept(), _drowsy_threads():
         dist.init_process_group(_backend(world), **options)
 
 
@@ -239,28 +275,54 @@ def _excepthook_kept() -> Iterator[None]:
         sys.excepthook = hook
 
 
-def _split(world: World) -> ProcessGroups:
+@contextmanager
+def _drowsy_threads() -> Iterator[None]:
+    """Threads that start meanwhile may sleep past their time-outs a little.
+
+    A thread of gloo looks every 10 ms whether it is to end: with several in each of many ranks, that keeps a machine from
+    ever being idle. Late by as much as ``_SLACK_NS`` it does so half as often; what comes on a socket wakes it as before.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    own_ns = prctl(_PR_GET_TIMERSLACK, 0, 0, 0, 0)
+    prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS), 0, 0, 0)  # of this thread, and of those that it starts
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(max(0, own_ns)), 0, 0, 0)
+
+
+def _split(world: World) -> tuple[ProcessGroups, list[Any], _Alone]:
+    """The groups, those made for it, and the one that may still be."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     tp, pp = world.tensor_parallel_size, world.pipeline_parallel_size
-    # A cpu mesh whatever the device: it never selects one, and its groups inherit all backends of the default group.
-    mesh = init_device_mesh("cpu", (world.world_size // (tp * pp), pp, tp), mesh_dim_names=("dp", "pp", "tp"))
-    named = {name: _group(mesh.get_group(name)) for name in ("dp", "pp", "tp")}
-    return ProcessGroups(tp=named["tp"], pp=named["pp"], dp=named["dp"], world=_group(dist.group.WORLD))
+    sizes = {"dp": world.world_size // (tp * pp), "pp": pp, "tp": tp}
+    split = [name for name, size in sizes.items() if size > 1]
+    alone, everyone = _Alone(), dist.group.WORLD
+    named = dict.fromkeys(sizes, Group((world.rank,), 0, alone if split else lambda: everyone))
+    made = []
+    if split:
+        # A cpu mesh whatever the device: it never selects one, and its groups inherit all backends of the default group.
+        with _drowsy_threads():
+            mesh = init_device_mesh("cpu", tuple(sizes[name] for name in split), mesh_dim_names=tuple(split))
+        for name in split:
+            group = mesh.get_group(name)
+            named[name] = _group(group)
+            if group is not everyone:
+                made.append(group)
+    groups = ProcessGroups(tp=named["tp"], pp=named["pp"], dp=named["dp"], world=_group(everyone))
+    return groups, made, alone
 
 
 def _group(group: Any) -> Group:
     import torch.distributed as dist
 
     ranks = tuple(dist.get_process_group_ranks(group))
-    return Group(ranks, ranks.index(dist.get_rank()), group, group)
+    return Group(ranks, ranks.index(dist.get_rank()), lambda: group)
 
 
 def _group_of_one(counted: bool) -> Membership:
-    import torch.distributed as dist
-
-    # Local synchronisation: the other ranks of the host's world need not know.
-    made = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    group = Group((0,), 0, made, made)
-    return Membership(ProcessGroups(group, group, group, group), [made], counted)
+    alone = _Alone()
+    group = Group((0,), 0, alone)
+    return Membership(ProcessGroups(group, group, group, group), [], alone, counted)
