@@ -253,13 +253,16 @@ def encode_call(request: Request) -> tuple[bytes, Encoded]:
     Raises:
         SerializationError: naming the method or argument that cannot be pickled.
     """
-    method = request.method
+    method, args, kwargs = request.method, request.args, request.kwargs
     name = _wire_name(method) if isinstance(method, str) else b""
     if not name:
-        return name, _encode_named((request.args, request.kwargs, method), request)
-    if not request.args and not request.kwargs:
+        return name, _encode_named((args, kwargs, method), request)
+    if kwargs or not _ATOMS.issuperset(map(type, args)):
+        return name, _encode_named((args, kwargs), request)
+    if not args:
         return name, _EMPTY
-    return name, _encode_named((request.args, request.kwargs), request)
+    plain = pickle.dumps((args, kwargs), 5)  # what `encode` would make of it, sooner
+    return name, Encoded((plain,), len(plain), Format.PICKLE)
 
 
 def _encode_named(body: tuple[Any, ...], request: Request) -> Encoded:
@@ -276,8 +279,12 @@ def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool, owne
     """The request that `encode_call` made. Unpickling may raise anything."""
     if fmt == Format.NONE:
         return Request(name, wants_value=wants_value)
-    args, kwargs, *method = decode(buffer, fmt, owned)
-    return Request(method[0] if method else name, args, kwargs, wants_value)
+    body = pickle.loads(buffer) if fmt == Format.PICKLE else decode(buffer, fmt, owned)
+    if name:
+        args, kwargs = body
+        return Request(name, args, kwargs, wants_value)
+    args, kwargs, method = body
+    return Request(method, args, kwargs, wants_value)
 
 
 def encode_error(error: BaseException, why: str = "") -> Encoded:

@@ -26,6 +26,7 @@ Who writes what, in which order:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import struct
@@ -38,9 +39,10 @@ from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded, Format
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve
+from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
+from exec_mp._pace import Pace
 
-SPIN_S = 200e-6  # "auto": catches a prompt answer; a cadence of steps pays for a sixteenth of it only, see `patience`
+SPIN_S = 200e-6  # "auto": catches a prompt answer; see `exec_mp._pace` for what does not come promptly
 
 NOTHING = Encoded((), 0, Format.NONE)
 _NO_BODY = memoryview(b"")
@@ -50,6 +52,7 @@ _REPLY = struct.Struct("<7Q")  # call id, status, format, body bytes, arena posi
 _MASKS = 256  # remembered; a program chooses among few sets of ranks
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
+_FD_SETSIZE = 1024  # select(2) knows no higher descriptors; poll(2), as Python calls it, counts in milliseconds
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
 
@@ -73,9 +76,13 @@ class Answer(NamedTuple):
     time_ns: int
 
 
-def patience(spin_s: float, waited_s: float) -> float:
-    """How long to yield before the next sleep, after one that made a wait of ``waited_s``: after a long one, briefly."""
-    return spin_s if waited_s < 4 * spin_s else spin_s / 16
+def _rings(bell: int, poll: select.poll, timeout_s: float) -> bool:
+    """Whether the bell rings within ``timeout_s``; to the millisecond if ``bell`` is 1024 or more."""
+    if timeout_s == math.inf:
+        return bool(poll.poll())
+    if bell < _FD_SETSIZE:
+        return bool(select.select([bell], [], [], max(0.0, timeout_s))[0])
+    return bool(poll.poll(max(0.0, timeout_s * 1e3)))
 
 
 class DriverChannel:
@@ -128,15 +135,13 @@ class DriverChannel:
         flags: int = 0,
     ) -> int | None:
         """Sends one request to ``ranks`` and returns its number, or None while there is no room."""
-        number, words, nbytes = self._sent, self._words, body.nbytes
+        number, view, nbytes = self._sent, self._view, body.nbytes
         crowded = number - self._read >= self._crowd  # then those who skip it must read past it soon, too
         if crowded and number - self._count_read() >= self._slots:
             return None
         position = block = 0
         if nbytes > self._inline_bytes:
-            if nbytes > self._arena.limit:
-                raise MessageTooLargeError(repr(name.decode() or "the call"), nbytes, self._arena.limit, _LIMITS)
-            place = self._arena.allocate(nbytes, ranks)
+            place = self._allocate(name, nbytes, ranks)
             if place is None:
                 return None
             position, block = place
@@ -145,22 +150,30 @@ class DriverChannel:
         if len(ranks) == 1:
             flags |= _ONE_READER
         slot = self._requests + number % self._slots * self._request_slot
-        self._request.pack_into(
-            self._view, slot + 8, self._mask, call_id, flags, nbytes, body.format, position, block, name
-        )
+        self._request.pack_into(view, slot + 8, self._mask, call_id, flags, nbytes, body.format, position, block, name)
         if nbytes:
-            self._shared.write_body(body.parts, position or slot + self._request_head)
+            write_body(view, body.parts, position or slot + self._request_head)
         if not IN_ORDER:
             fence()
-        self._sent = words[slot // 8] = number + 1
+        self._sent = self._words[slot // 8] = number + 1
         with self._in_order:
             pass
-        sleeping = words[self._sleeps].tolist()
+        self._wake(self.remote_ranks if crowded else ranks)
+        return number
+
+    def _allocate(self, name: bytes, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
+        """Position and number of a block in the arena; None while there is no room."""
+        if nbytes > self._arena.limit:
+            raise MessageTooLargeError(repr(name.decode() or "the call"), nbytes, self._arena.limit, _LIMITS)
+        return self._arena.allocate(nbytes, ranks)
+
+    def _wake(self, ranks: tuple[int, ...]) -> None:
+        """Rings the bells of those of ``ranks`` that sleep."""
+        sleeping = self._words[self._sleeps].tolist()
         if 1 in sleeping:
-            for rank in self.remote_ranks if crowded else ranks:
+            for rank in ranks:
                 if sleeping[rank]:
                     os.eventfd_write(self.bells[rank], 1)
-        return number
 
     def publish_exit(self) -> None:
         """Tells all ranks to leave their loops."""
@@ -257,9 +270,12 @@ class DriverChannel:
         with self._in_order:
             pass
 
-    def sleep(self, timeout_s: float | None) -> bool:
-        """Waits on the bell for at most ``timeout_s``; whether it rang."""
-        if not self._poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1e3) + 1)):
+    def sleep(self, timeout_s: float) -> bool:
+        """Until the bell rings, or for ``timeout_s``. Whether there is, or was, something to look at."""
+        self.may_sleep()
+        if self.look() is not None:
+            return True
+        if not _rings(self.bell, self._poll, timeout_s):
             return False
         self.quiet()
         return True
@@ -301,7 +317,7 @@ class WorkerChannel:
         self._replies_read, self._sleeps = self._at[_layout.REPLIES_READ], self._at[_layout.SLEEPS]
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
-        self._patience_s = geometry.spin_s
+        self._pace = Pace(geometry.spin_s)
         self._acks = self._at[_layout.ACKS]
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
@@ -356,27 +372,26 @@ class WorkerChannel:
         self._read = self._words[self._position] = self._read + 1
 
     def _await(self, word: int, value: int) -> None:
-        """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps.
-
-        After a long sleep the while is short: in a cadence of steps it would only cost.
-        """
-        words, clock, give_way = self._words, time.monotonic, os.sched_yield
-        began = clock()
-        spin_until = began + self._patience_s
+        """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps."""
+        words, clock, give_way, pace = self._words, time.monotonic, os.sched_yield, self._pace
+        pace.begin(clock())
         while words[word] < value:
-            if clock() < spin_until:
+            now = clock()
+            if now < pace.spin_until:
                 give_way()
-                continue
-            self._sleep(word, value)
-            self._patience_s = patience(self._geometry.spin_s, clock() - began)
+            else:
+                self._sleep(word, value, pace.rest(now))
+                pace.woken(clock())
+        if pace.slept:
+            pace.came = clock()
 
-    def _sleep(self, word: int, value: int) -> None:
+    def _sleep(self, word: int, value: int, timeout_s: float) -> None:
+        """Until the bell rings, or for ``timeout_s``."""
         self._arena.reclaim()
         self._words[self._sleeps] = 1
         with self._in_order:
             pass
-        if self._words[word] < value:
-            self._poll.poll()
+        if self._words[word] < value and _rings(self._bell, self._poll, timeout_s):
             with contextlib.suppress(BlockingIOError):  # already taken
                 os.eventfd_read(self._bell)
         self._words[self._sleeps] = 0
@@ -410,7 +425,7 @@ class WorkerChannel:
         slot = self._ring + number % self._slots * self._reply_slot
         _REPLY.pack_into(self._view, slot, call_id, status, body.format, nbytes, position, block, time_ns)
         if nbytes:
-            self._shared.write_body(body.parts, position or slot + REPLY_HEAD)
+            write_body(self._view, body.parts, position or slot + REPLY_HEAD)
         if not IN_ORDER:
             fence()
         self._replied = words[self._replies] = number + 1
@@ -428,6 +443,7 @@ class WorkerChannel:
             pass
         if self._words[self._driver_sleeps]:
             os.eventfd_write(self._driver_bell, 1)
+        os.sched_yield()  # at once: the driver may be looking for it, on this very processor
 
     @property
     def backlog(self) -> int:

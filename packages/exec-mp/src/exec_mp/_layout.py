@@ -135,6 +135,14 @@ def reserve(geometry: Geometry) -> tuple[int, Geometry]:
             return fd, geometry
 
 
+def write_body(view: memoryview, parts: Sequence[Part], position: int) -> None:
+    """Writes ``parts`` one after the other, from ``position`` on."""
+    for part in parts:
+        end = position + len(part)
+        view[position:end] = part
+        position = end
+
+
 class Shared:
     """The mapping, as bytes (``view``) and as words.
 
@@ -155,14 +163,6 @@ class Shared:
     def holds(self, start: int, nbytes: int) -> memoryview:
         """Hold bytes, in a view that `close` leaves alone."""
         return memoryview(self.mapping)[start : start + nbytes]
-
-    def write_body(self, parts: Sequence[Part], position: int) -> None:
-        """Writes ``parts`` one after the other, from ``position`` on."""
-        view = self.view
-        for part in parts:
-            end = position + len(part)
-            view[position:end] = part
-            position = end
 
     def lend(self, position: int, nbytes: int, holds: memoryview, hold: int) -> memoryview:
         """Writable memory of the mapping itself, for the only reader of a block.

@@ -27,7 +27,8 @@ from exec_core import messages
 from exec_core.messages import Failure, Status
 from exec_mp._answers import decoded
 from exec_mp._calls import Calls, Entry
-from exec_mp._channel import DriverChannel, patience
+from exec_mp._channel import DriverChannel
+from exec_mp._pace import Pace
 from exec_mp._poller import Handler, Poller
 from exec_mp._wakeup import Wakeup
 
@@ -70,7 +71,7 @@ class Receiver:
         self._channel, self._calls, self._lock, self._pids = channel, calls, lock, pids
         self._finish, self._settle, self._progress, self._late = finish, settle, progress, late
         self._broken = broken
-        self._spin_s = self._patience_s = channel.geometry.spin_s
+        self._pace = Pace(channel.geometry.spin_s)  # of whoever leads
         self._leader: object | None = None
         self._followers: deque[Entry] = deque()
         self._todo: deque[Callable[[], object]] = deque()  # led to by replies; appended by the leader, popped by anyone
@@ -100,6 +101,7 @@ class Receiver:
                     self._settle([entry])
             return
         try:
+            os.sched_yield()  # at once: a rank that shares this processor may be looking for the request
             while not self._wait_once(entry):
                 if entry.is_due(time.monotonic()):
                     self._settle([entry])
@@ -146,32 +148,30 @@ class Receiver:
 
     def _lead(self, entry: Entry) -> None:
         """Until ``entry`` is finished or due, or something is to be done without the lead."""
-        channel, todo, alone = self._channel, self._todo, threading.get_ident() == _MAIN
+        channel, todo, pace, alone = self._channel, self._todo, self._pace, threading.get_ident() == _MAIN
         look, clock, give_way = channel.look, time.monotonic, os.sched_yield
         channel.stay_awake()
-        awake, began = True, clock()
-        spin_until = began + self._patience_s
+        pace.begin(clock())
         while not entry.finished and not todo:
             if words := look():
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
                 if alone and len(self._calls.in_flight) > 1:
                     return
                 self._process(words)
-                now = clock()
-                spin_until = now + self._spin_s
-                if not awake:
-                    self._patience_s = patience(self._spin_s, now - began)
+                if pace.slept:
+                    pace.spin_until = clock() + pace.spin_s  # the other ranks will not be long
                 continue
             now = clock()
-            if now < spin_until:
+            if now < pace.spin_until:
                 give_way()
             elif now >= entry.due:
                 return
-            elif awake:  # and look once more
-                channel.may_sleep()
-                awake = False
             else:
-                channel.sleep(None if entry.due == math.inf else entry.due - now)
+                channel.sleep(min(pace.rest(now), entry.due - now))
+                channel.stay_awake()
+                pace.woken(clock())
+        if pace.slept:
+            pace.came = clock()
 
     def _may_lead(self) -> bool:
         return threading.get_ident() != _MAIN or len(self._calls.in_flight) <= 1
@@ -215,11 +215,9 @@ class Receiver:
             if self._leader is not leader:
                 time.sleep(0.0005)  # the leader lets them in; a ring's room is not announced
             else:
-                self._channel.may_sleep()
+                self._channel.sleep(0.001)
                 if words := self._channel.look():
                     self._process(words)
-                else:
-                    self._channel.sleep(0.001)
         finally:
             self._step_down(leader)
         self.act()

@@ -1,0 +1,124 @@
+"""When a waiter yields and when it sleeps, decided without a clock."""
+
+import math
+
+import pytest
+
+from exec_mp._pace import Pace
+
+SPIN_S = 200e-6
+
+
+class Waiter:
+    """Waits one after the other, on a clock of its own."""
+
+    def __init__(self, spin_s: float = SPIN_S, late_s: float = 0.0) -> None:
+        self.pace, self.now, self.late_s = Pace(spin_s), 1000.0, late_s
+        self.yielded_s = self.asleep_s = 0.0
+        self.was_awake = False
+
+    def wait(self, takes_s: float) -> None:
+        """A wait that is over after ``takes_s``."""
+        pace, comes = self.pace, self.now + takes_s
+        pace.begin(self.now)
+        while self.now < comes:
+            self.was_awake = self.now < pace.spin_until
+            if self.was_awake:
+                until = min(comes, pace.spin_until)
+                self.yielded_s += until - self.now
+            else:
+                until = self.now + pace.rest(self.now) + self.late_s
+                until = min(comes, until)
+                self.asleep_s += until - self.now
+            slept, self.now = not self.was_awake, until
+            if slept:
+                pace.woken(self.now)
+        if pace.slept:
+            pace.came = self.now
+
+    def waits(self, *takes_s: float) -> "Waiter":
+        """Some waits. Counts of what was before are forgotten."""
+        for each in takes_s:
+            self.yielded_s = self.asleep_s = 0.0
+            self.wait(each)
+        return self
+
+
+def test_short_waits_are_yielded_through() -> None:
+    """What comes promptly is never slept for."""
+    waiter = Waiter().waits(*[SPIN_S / 2] * 10)
+
+    assert (0.0, True) == (waiter.asleep_s, waiter.was_awake)
+
+
+def test_first_long_wait_is_slept_through() -> None:
+    """Without anything to go by, a waiter yields for its time and then sleeps until it is woken."""
+    waiter = Waiter().waits(0.01)
+
+    assert (pytest.approx(SPIN_S), False) == (waiter.yielded_s, waiter.was_awake)
+
+
+def test_patience_is_short_after_a_long_wait() -> None:
+    """After a long wait the next begins with a sixteenth of the yielding, and after a short one with all of it again."""
+    waiter = Waiter().waits(0.01, 0.5)
+    assert pytest.approx(SPIN_S / 16) == waiter.yielded_s
+    waiter.waits(SPIN_S * 2, 0.5)
+
+    assert pytest.approx(SPIN_S) == waiter.yielded_s
+
+
+@pytest.mark.parametrize("late_s", [0.0, 60e-6, 150e-6])
+@pytest.mark.parametrize("takes_s", [0.002, 0.01, 0.1])
+def test_regular_waits_are_met_awake(takes_s: float, late_s: float) -> None:
+    """Who waits regularly is awake when it comes, however late naps end, and has slept for nearly all of the time."""
+    waiter = Waiter(late_s=late_s).waits(*[takes_s] * 30)
+
+    assert waiter.was_awake
+    assert waiter.yielded_s < min(SPIN_S, takes_s / 8)
+
+
+def test_slowly_changing_waits_are_met_awake() -> None:
+    """Steps become longer with the text: the foresight follows."""
+    waiter = Waiter().waits(*[0.01] * 30, *[0.01 + 5e-6 * step for step in range(100)])
+
+    assert waiter.was_awake
+
+
+def test_irregular_waits_are_slept_through() -> None:
+    """Where nothing can be foreseen, nothing is yielded for it."""
+    waiter = Waiter().waits(*[0.004, 0.011, 0.007, 0.02] * 10)
+
+    assert (pytest.approx(SPIN_S / 16), False) == (waiter.yielded_s, waiter.was_awake)
+
+
+def test_one_odd_wait_is_forgotten_soon() -> None:
+    """A step of another kind disturbs the foresight for some steps only."""
+    waiter = Waiter().waits(*[0.01] * 30, 0.3, *[0.01] * 25)
+
+    assert waiter.was_awake
+
+
+def test_what_does_not_come_is_slept_for() -> None:
+    """When the usual time is over, a waiter sleeps: an idle one costs nothing."""
+    waiter = Waiter().waits(*[0.01] * 30, 100.0)
+
+    assert waiter.yielded_s < 2 * SPIN_S
+    assert not waiter.was_awake
+
+
+def test_what_comes_early_ends_a_nap() -> None:
+    """A nap is a sleep from which one can be woken; being woken is not being late."""
+    waiter = Waiter().waits(*[0.01] * 30, 0.005)
+    assert (False, pytest.approx(SPIN_S / 16)) == (waiter.was_awake, waiter.yielded_s)
+    waiter.waits(*[0.01] * 25)
+
+    assert waiter.was_awake
+
+
+def test_without_yielding_there_are_no_naps() -> None:
+    """A waiter that must not yield only sleeps."""
+    pace = Pace(0.0)
+    for step in range(30):
+        pace.begin(float(step))
+        assert math.inf == pace.rest(float(step))
+        pace.came = step + 0.01
