@@ -17,7 +17,7 @@ from exec_core.executor import Executor
 from exec_core.lifecycle import State
 from exec_core.testing.leaks import leak_check
 from exec_core.testing.sync import Gate
-from exec_core.testing.workers import EchoWorker
+from exec_core.testing.workers import EchoWorker, touch_groups
 
 Start = Callable[..., Executor]
 
@@ -104,6 +104,7 @@ class ContractBase:
             cls._close_shared()  # a test before has failed
         if cls._shared is None:
             cls._shared = create_executor(self.make_config(worker_kwargs={"shared": True}))
+            cls._shared.collective_rpc(touch_groups)
         return cls._shared
 
     @pytest.fixture

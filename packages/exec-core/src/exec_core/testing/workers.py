@@ -273,6 +273,14 @@ def wait_at(worker: Any, gate: Gate, rank: int | None = None) -> int:
     return int(worker.context.rank)
 
 
+def touch_groups(worker: Any) -> None:
+    """Has all process groups made: those of one rank are not before they are used."""
+    groups = worker.context.groups
+    if groups is not None:
+        for group in (groups.tp, groups.pp, groups.dp, groups.world):
+            assert group.device_group is group.cpu_group
+
+
 def add_up_ranks(worker: Any, group: str) -> float:
     """The sum of the ranks in this rank's ``group``, by an all_reduce in it."""
     import torch
