@@ -98,6 +98,9 @@ def test_equal_arguments_are_the_same_call(one: Any, other: Any) -> None:
         (torch.zeros(4), torch.zeros(2, 2)),
         (torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float32)),
         (torch.zeros(100_000), torch.cat([torch.zeros(99_999), torch.ones(1)])),
+        (np.zeros(4, np.int32), np.zeros(4, np.float32)),
+        (np.zeros(4), np.zeros((2, 2))),
+        (b"1", bytearray(b"1")),
         (functools.partial(max, 3), functools.partial(max, 4)),
         (int, str),
     ],
@@ -127,6 +130,7 @@ def test_callables_count_by_code_and_plain_data() -> None:
         assert digest(method=closing_over(1)) == digest(method=closing_over(1))
         assert digest(method=closing_over(1)) != digest(method=closing_over(2))
         assert digest(method=closing_over(torch.zeros(1))) == digest(method=closing_over(torch.ones(1)))
+        assert digest(method=closing_over([np.zeros(1)])) == digest(method=closing_over([np.ones(1)]))
         assert digest(method=lambda worker: worker.a) != digest(method=lambda worker: worker.a.b)
         assert digest(method=[1].append) != digest(method=[2].append)
 

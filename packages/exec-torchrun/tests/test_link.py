@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import pickle
+import random
 import socket
 import struct
 import time
@@ -21,6 +23,7 @@ from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind
 from exec_torchrun._link import Hub, Link, Member
 from exec_torchrun._meeting import Address, Meeting, Report, meet
+from exec_torchrun._page import HAS_PAGE, SPIN_S, Page
 
 Run = Callable[..., Future[Any]]
 
@@ -50,12 +53,18 @@ def meet_as(place: LauncherEnv, name: str = "0-0", seconds: float = 10.0) -> Mee
     return meet(place, name, Report(place.rank, 1000 + place.rank, "config"), time.monotonic() + seconds, 1.0)
 
 
-@pytest.fixture
-def links(run: Run) -> Iterator[list[Link]]:
-    """Three ranks of a replica, the hub first."""
+@pytest.fixture(params=["page", "sockets"])
+def links(request: pytest.FixtureRequest, run: Run) -> Iterator[list[Link]]:
+    """Three ranks of a replica, the hub first, of one machine or not."""
     pairs = [socket.socketpair() for _ in range(2)]
-    hub = Hub({index: Connection(pair[0]) for index, pair in enumerate(pairs, 1)}, {1: 11, 2: 12}, grace_s=1.0)
-    members = [Member(index, Connection(pair[1]), hub_pid=10) for index, pair in enumerate(pairs, 1)]
+    pages: list[Page | None] = [None] * 3
+    if request.param == "page":
+        fd = Page.create(3)
+        pages = [Page(fd, 3, index) for index in range(3)]
+        os.close(fd)
+    connections = {index: Connection(pair[0]) for index, pair in enumerate(pairs, 1)}
+    hub = Hub(connections, {1: 11, 2: 12}, 1.0, pages[0])
+    members = [Member(index, Connection(pair[1]), 10, pages[index]) for index, pair in enumerate(pairs, 1)]
     yield [hub, *members]
     for member in members:
         member.close()
@@ -77,14 +86,16 @@ def exchange_all(run: Run, links: Sequence[Link], words: Sequence[Frame]) -> lis
 
 @pytest.mark.parametrize("one_machine", [True, False])
 def test_all_ranks_meet(run: Run, store: Any, one_machine: bool) -> None:
-    """Every rank gets the reports of all and a link to its own replica, over loopback or any interface."""
+    """Every rank gets the reports of all and a link to its own replica: memory that they share, or any interface."""
     meetings = [future.result(20) for future in [run(meet_as, env(rank, one_machine=one_machine)) for rank in range(4)]]
     try:
         assert {meeting.init_method for meeting in meetings} == {meetings[0].init_method}
         for meeting in meetings:
             assert [(rank, 1000 + rank) for rank in range(4)] == [(r.rank, r.pid) for r in meeting.reports]
         for replica in (meetings[:2], meetings[2:]):
-            assert [Kind.GO] * 2 == exchange_all(run, [m.link for m in replica if m.link], [begin(0)] * 2)
+            links = [meeting.link for meeting in replica if isinstance(meeting.link, Hub | Member)]
+            assert [one_machine and HAS_PAGE] * 2 == [link.has_page for link in links]
+            assert [Kind.GO] * 2 == exchange_all(run, links, [begin(0)] * 2)
     finally:
         for meeting in meetings:
             if meeting.link is not None:
@@ -142,6 +153,25 @@ def test_a_large_value_goes_round(run: Run, links: list[Link]) -> None:
     futures = [run(link.exchange, word) for link, word in zip(links, words, strict=True)]
     for future in futures:
         assert [(index, bytes([index]) * (8 << 20)) for index in range(3)] == list(future.result(20).parts)
+
+
+def test_words_and_values_reach_all_whenever_they_come(run: Run, links: list[Link]) -> None:
+    """Ranks come at random moments, within the time that they wait by yielding or beyond: all get the verdict and the values."""
+
+    def one_rank(index: int) -> None:
+        moments = random.Random(index)  # noqa: S311 # no secret
+        for number in range(200):
+            time.sleep(moments.choice([0.0, 2 * SPIN_S * moments.random()]))  # what is tested: any moment
+            assert Kind.GO is links[index].exchange(begin(2 * number)).kind
+            own = f"{index} {number}".encode()
+            done = links[index].exchange(
+                Frame(Kind.END, 2 * number + 1, ((index, own),) if number % 3 else (), limit_s=9.0)
+            )
+            expected = tuple((rank, f"{rank} {number}".encode()) for rank in range(3)) if number % 3 else ()
+            assert (Kind.DONE, expected) == (done.kind, done.parts)
+
+    for future in [run(one_rank, index) for index in range(3)]:
+        future.result(60)
 
 
 def test_the_hub_answers_while_its_rank_is_away(run: Run, links: list[Link]) -> None:

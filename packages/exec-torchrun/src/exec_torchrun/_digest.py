@@ -27,6 +27,8 @@ from exec_core.messages import method_name
 
 _SAMPLE_BYTES = 1 << 16  # larger arrays and tensors are compared by their beginning and end
 _DEPTH = 30
+_ATOMS = frozenset({int, str, float, bytes, bool, complex, type(None)})
+_CONTAINERS = frozenset({tuple, list, set, frozenset})
 
 
 @attrs.frozen
@@ -111,18 +113,30 @@ def _digest(value: Any, depth: int) -> bytes:
 
 def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
     """Puts ``value`` into the digest: plain data by `marshal` in its version 2, which knows no sharing and sorts sets."""
-    try:
+    if _is_data(value, depth):
         update(marshal.dumps(value, 2))
-    except ValueError:
-        update(type(value).__qualname__.encode())
-        if depth:
-            _feed_parts(update, value, depth - 1)
+        return
+    update(type(value).__qualname__.encode())
+    if depth:
+        _feed_parts(update, value, depth - 1)
+
+
+def _is_data(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether it is made of builtin values only: `marshal` takes whatever has memory for bytes, arrays of any type too."""
+    kind = type(value)
+    if kind is dict:
+        return _is_data(list(value), depth) and _is_data(list(value.values()), depth)
+    if kind in _CONTAINERS:
+        return set(map(type, value)) <= _ATOMS or (depth > 0 and all(_is_data(item, depth - 1) for item in value))
+    return kind in _ATOMS
 
 
 def _feed_parts(update: Callable[[bytes], None], value: Any, depth: int) -> None:
     if isinstance(value, PerRank | types.ModuleType):
         return
-    if isinstance(value, tuple | list):
+    if isinstance(value, bytearray | memoryview):
+        update(bytes(value))
+    elif isinstance(value, tuple | list):
         update(str(len(value)).encode())
         for part in value:
             _feed(update, part, depth)
@@ -144,8 +158,9 @@ def _code_of(function: types.FunctionType | types.MethodType) -> bytes:
     """Its name and code, and the plain data that it closes over: anything else there may be a rank's own weights."""
     parts = [f"{function.__module__}.{function.__qualname__}".encode(), function.__code__.co_code]
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):
-            parts.append(marshal.dumps(cell.cell_contents, 2))
+        with contextlib.suppress(ValueError):  # it is empty still
+            if _is_data(cell.cell_contents):
+                parts.append(marshal.dumps(cell.cell_contents, 2))
     return b"".join(parts)
 
 

@@ -119,9 +119,12 @@ class Connection:
         with contextlib.suppress(OSError):
             self.sock.sendall(data)
 
-    def receive(self, deadline: float) -> Frame | None:
-        """The next frame; None when there is none by ``deadline``, or no more will come (`ended`)."""
-        spin_until = time.monotonic() + SPIN_S
+    def receive(self, deadline: float, spin_until: float = 0.0) -> Frame | None:
+        """The next frame; None when there is none by ``deadline``, or no more will come (`ended`).
+
+        Args:
+            spin_until: until when to wait by yielding.
+        """
         while (frame := self.pop()) is None and not self.ended:
             if time.monotonic() < spin_until:
                 if not self.fill(socket.MSG_DONTWAIT):
@@ -129,6 +132,24 @@ class Connection:
             elif not self.fill() and time.monotonic() >= deadline:
                 return None
         return frame
+
+    def send_descriptor(self, fd: int) -> None:
+        """Gives the other side a descriptor for the same file. Only between processes of one machine."""
+        with contextlib.suppress(OSError):
+            socket.send_fds(self.sock, [b"f"], [fd])
+
+    def receive_descriptor(self, deadline: float) -> int | None:
+        """What `send_descriptor` sent, before any frame; None when it does not come by ``deadline``."""
+        if not wait_readable(self.sock, deadline - time.monotonic()):
+            return None
+        _, fds, _, _ = socket.recv_fds(self.sock, 1, 1)
+        return fds[0] if fds else None
+
+    def drop(self) -> None:
+        """Drops what has come."""
+        while self.fill(socket.MSG_DONTWAIT) and not self.ended:
+            while self.pop() is not None:
+                pass
 
     def fill(self, flags: int = 0) -> bool:
         """Takes what has come; False for nothing, at once with ``socket.MSG_DONTWAIT``, otherwise after `_LOOK_S`."""

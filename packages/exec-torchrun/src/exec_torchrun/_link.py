@@ -2,6 +2,9 @@
 
     Member.exchange(word) --frame--> Hub (Rounds decides) --verdict--> every rank
 
+Where they share a page (`exec_torchrun._page`), a turn in which all say the same at about the same time is over before any of
+this is used.
+
 The hub answers at any time, also while its own rank is elsewhere: a thread waits for frames and for what is due. While the
 hub's rank makes calls it serves in its own thread, and the other one is not armed, but only looks every `_TICK_S` whether the
 rank still does: waking it for every frame would multiply the time of a call.
@@ -23,6 +26,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from exec_torchrun._frames import SPIN_S, Connection, Frame, Kind
+from exec_torchrun._page import Page
 from exec_torchrun._rounds import DESCRIBE_S, Outgoing, Rounds
 
 _TICK_S = 0.05
@@ -60,23 +64,37 @@ class Link(Protocol):
 class Member:
     """The end of a rank that is not the hub."""
 
-    def __init__(self, index: int, connection: Connection, hub_pid: int) -> None:
+    def __init__(self, index: int, connection: Connection, hub_pid: int, page: Page | None = None) -> None:
         self._index = index
         self._connection = connection
+        self._page = page
         self._hub_gone = Frame(Kind.DIED, 0, ((0, str(hub_pid).encode()),))
 
+    @property
+    def has_page(self) -> bool:
+        return self._page is not None
+
     def exchange(self, word: Frame, describe: Describe = _nothing) -> Frame:
+        began = time.monotonic()
+        page = self._page
+        if page is not None and (verdict := page.meet(word)) is not None:
+            if page.may_be_told_twice:
+                self._connection.drop()
+            return verdict
         patience_s = min(word.limit_s, word.wait_s) + DESCRIBE_S + _SILENCE_S
         self._connection.send(word)
-        return self._verdict(word.turn, time.monotonic() + patience_s, describe) or self._hub_gone
+        return self._verdict(word.turn, began + SPIN_S, began + patience_s, describe) or self._hub_gone
 
     def leave(self, turn: int, deadline: float) -> Frame | None:
-        self._connection.send(Frame(Kind.LEAVE, turn))
-        verdict = self._verdict(turn, deadline, _nothing)
+        word = Frame(Kind.LEAVE, turn)
+        if self._page is not None:
+            self._page.meet(word)
+        self._connection.send(word)
+        verdict = self._verdict(turn, 0.0, deadline, _nothing)
         return self._hub_gone if verdict is None and self._connection.ended else verdict
 
-    def _verdict(self, turn: int, deadline: float, describe: Describe) -> Frame | None:
-        while (frame := self._connection.receive(deadline)) is not None:
+    def _verdict(self, turn: int, spin_until: float, deadline: float, describe: Describe) -> Frame | None:
+        while (frame := self._connection.receive(deadline, spin_until)) is not None:
             if frame.kind is Kind.DIED or (frame.turn == turn and frame.kind is not Kind.DESCRIBE):
                 return frame
             if frame.turn == turn:
@@ -93,13 +111,17 @@ class Hub:
     Args:
         members, pids: the other ranks' connections and processes, by their positions in the replica.
         grace_s: see `Rounds`.
+        page: what the ranks share, if they do.
 
     What is below ``_serving`` belongs to whoever holds it: the thread, or the rank while it exchanges. ``_inner`` watches the
     connections, ``_outer`` watches ``_inner`` for the thread, with an empty mask unless ``_armed``.
     """
 
-    def __init__(self, members: Mapping[int, Connection], pids: Mapping[int, int], grace_s: float) -> None:
+    def __init__(
+        self, members: Mapping[int, Connection], pids: Mapping[int, int], grace_s: float, page: Page | None = None
+    ) -> None:
         self._pids = dict(pids)
+        self._page = page
         self._serving = threading.Lock()
         self._members = dict(members)
         self._rounds = Rounds(len(members) + 1, grace_s)
@@ -119,6 +141,10 @@ class Hub:
         self._thread = threading.Thread(target=self._attend, name="exec-torchrun-hub", daemon=True)
         self._thread.start()
 
+    @property
+    def has_page(self) -> bool:
+        return self._page is not None
+
     def exchange(self, word: Frame, describe: Describe = _nothing) -> Frame:
         verdict = self._meet(word, math.inf, describe)
         assert verdict is not None  # it is waited for without a limit: the rounds have one
@@ -135,8 +161,11 @@ class Hub:
         with self._serving:
             self._exchanged = True
             self._arm(on=False)
+            began = time.monotonic()
+            if self._page is not None and (verdict := self._by_page(self._page, word)) is not None:
+                return verdict
             self._deliver(self._rounds.arrive(0, word, time.monotonic()))
-            spin_until = time.monotonic() + SPIN_S
+            spin_until = began + SPIN_S
             while (verdict := self._verdict(word.turn, describe)) is None:
                 now = time.monotonic()
                 if now >= deadline:
@@ -147,6 +176,18 @@ class Hub:
                 else:
                     self._serve(min(deadline, self._rounds.due))
             return verdict
+
+    def _by_page(self, page: Page, word: Frame) -> Frame | None:
+        if not self._rounds.is_open(word.turn):
+            page.give_up(word.turn)
+            return None
+        verdict = page.decide(word)
+        if verdict is not None:
+            self._rounds.agree(word)
+            if sleepers := page.sleepers():
+                self._deliver([(index, verdict) for index in sleepers])
+                self._serve(0.0)  # what they have said on their connections is old now
+        return verdict
 
     def _arm(self, *, on: bool) -> None:
         """Whether the thread is to wake for every frame; it is told when it has been waiting for nothing else."""

@@ -28,6 +28,7 @@ from exec_core.errors import WorkerStartupError
 from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind, wait_readable
 from exec_torchrun._link import Hub, Link, Member
+from exec_torchrun._page import HAS_PAGE, Page
 
 SCHEME = "exec-torchrun"
 _HELLO_S = 10.0  # for a connected process to say HELLO
@@ -109,9 +110,11 @@ def meet(env: LauncherEnv, name: str, report: Report, deadline: float, grace_s: 
         hub = reports[env.replica * env.replica_size]
         if listener is not None and report.hub is not None:
             connections = _gather(env, listener, report.hub.secret, deadline)
-            link = Hub(connections, {index: reports[env.rank + index].pid for index in connections}, grace_s)
+            pids = {index: reports[env.rank + index].pid for index in connections}
+            link = Hub(connections, pids, grace_s, _share_page(env, connections))
         elif hub.hub is not None:
-            link = Member(env.index, _connect(hub.hub, env.index, b"", deadline), hub.pid)
+            connection = _connect(hub.hub, env.index, b"", deadline)
+            link = Member(env.index, connection, hub.pid, _receive_page(env, connection, deadline))
         return Meeting(reports, f"{SCHEME}://{token}", link)
 
 
@@ -196,6 +199,34 @@ def _gather(env: LauncherEnv, listener: socket.socket, secret: bytes, deadline: 
             connection.close()
         raise WorkerStartupError(env.rank + problem[0], "launch", problem[1])
     return connections
+
+
+def _share_page(env: LauncherEnv, connections: dict[int, Connection]) -> Page | None:
+    """Gives the others memory to meet in, if all ranks are here."""
+    if not (env.is_one_machine and HAS_PAGE):
+        return None
+    fd = Page.create(env.replica_size)
+    try:
+        for connection in connections.values():
+            connection.send_descriptor(fd)
+        return Page(fd, env.replica_size, 0)
+    finally:
+        os.close(fd)
+
+
+def _receive_page(env: LauncherEnv, connection: Connection, deadline: float) -> Page | None:
+    if not (env.is_one_machine and HAS_PAGE):
+        return None
+    fd = connection.receive_descriptor(deadline)
+    if fd is None:
+        connection.close()
+        raise WorkerStartupError(
+            env.rank - env.index, "launch", "did not share its memory for the ranks of this machine"
+        )
+    try:
+        return Page(fd, env.replica_size, env.index)
+    finally:
+        os.close(fd)
 
 
 # Sockets

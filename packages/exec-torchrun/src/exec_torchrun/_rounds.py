@@ -54,6 +54,17 @@ class Rounds:
         """When `expire` will have something to say."""
         return min(self._over, self._apart)
 
+    def is_open(self, turn: int) -> bool:
+        """Whether this turn goes on, and nothing has gone wrong in it so far."""
+        return turn == self.turn and self._texts is None and self._final is None and not self._of(Kind.ERROR)
+
+    def agree(self, word: Frame) -> None:
+        """All ranks have said ``word``, and know it: the verdict of this turn is GO or DONE."""
+        if word.kind is Kind.BEGIN:
+            self._last_call = [word.parts[0][1]] * self._size
+        self._inside.clear()
+        self._next_turn(word.kind is Kind.BEGIN)
+
     def arrive(self, rank: int, frame: Frame, now: float) -> Outgoing:
         """``frame`` has come from ``rank``."""
         if self._final is not None:
@@ -63,9 +74,11 @@ class Rounds:
                 return []
             self._texts[rank] = frame
             return self._diverged_if_known()
-        self._inside.discard(rank)
         if frame.turn < self.turn:
+            if frame.kind is not Kind.BEGIN:  # one that took the verdict for lost has not said anything since
+                self._inside.discard(rank)
             return []
+        self._inside.discard(rank)
         self._words[rank] = frame
         kind = frame.kind
         self._over = min(self._over, now + frame.limit_s)
@@ -172,15 +185,18 @@ class Rounds:
 
     def _verdict(self, kind: Kind, parts: tuple[Part, ...] = ()) -> Outgoing:
         verdict = Frame(kind, self.turn, parts)
-        if kind is Kind.GO:
-            self._inside = set(range(self._size))
-        elif kind is Kind.BYE:
+        if kind is Kind.BYE:
             self._final = verdict
+        self._next_turn(kind is Kind.GO)
+        return [(rank, verdict) for rank in range(self._size)]
+
+    def _next_turn(self, go: bool) -> None:
+        if go:
+            self._inside = set(range(self._size))
         self.turn += 1
         self._words, self._ends, self._texts = {}, False, None
         self._over = self._apart = math.inf
         self._absent_are_late = False
-        return [(rank, verdict) for rank in range(self._size)]
 
     def _of(self, kind: Kind) -> list[int]:
         return [rank for rank, word in self._words.items() if word.kind is kind]

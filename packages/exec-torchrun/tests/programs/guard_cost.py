@@ -1,6 +1,7 @@
 """What the guard costs: steps of 10 ms with it and without it, in turn.
 
-A step without it is as long as its slowest rank takes: ranks of one model wait for each other, with a guard or without.
+Two figures: of the steps as their slowest rank sees them, since ranks of one model wait for each other with a guard or without;
+and of the mean over steps and ranks, as a stopwatch around the loop of each rank has it.
 
 torchrun --nproc-per-node 4 packages/exec-torchrun/tests/programs/guard_cost.py
 """
@@ -58,8 +59,8 @@ def start(backend: Any) -> ec.Executor:
     )
 
 
-def median_s(executor: ec.Executor, method: str) -> float:
-    """Median over the calls of the slowest rank's duration, in seconds."""
+def step_s(executor: ec.Executor, method: str) -> tuple[float, float]:
+    """Duration of a call in seconds: median over the calls of the slowest rank's, and mean over calls and ranks."""
     times = []
     for _ in range(STEPS):
         began = time.perf_counter()
@@ -67,21 +68,27 @@ def median_s(executor: ec.Executor, method: str) -> float:
         times.append(time.perf_counter() - began)
     of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, times)
-    return float(statistics.median(map(max, *of_all)))
+    return float(statistics.median(map(max, *of_all))), float(statistics.mean(map(statistics.mean, of_all)))
+
+
+def described(added: list[float]) -> str:
+    """What was added in each round, in words."""
+    middle, least, most = (1e6 * value for value in (statistics.median(added), min(added), max(added)))
+    return f"{middle:5.0f} us ({least:.0f} to {most:.0f}), {middle / STEP_S / 1e4:4.1f} %"
 
 
 def main() -> None:
     """Measures and prints."""
     with start("torchrun") as guarded, start(Unguarded) as unguarded:
         for method in ("nothing", "apart", "together"):
-            rounds = [(median_s(guarded, method), median_s(unguarded, method)) for _ in range(ROUNDS)]
-            with_s, without_s = (statistics.median(column) for column in zip(*rounds, strict=True))
-            added = [1e6 * (on - off) for on, off in rounds]
+            rounds = [(step_s(guarded, method), step_s(unguarded, method)) for _ in range(ROUNDS)]
+            without_s = statistics.median(off[0] for _, off in rounds)
+            slowest, mean = ([on[kind] - off[kind] for on, off in rounds] for kind in range(2))
             if dist.get_rank() == 0:
                 print(
-                    f"{method:9} {1e6 * with_s:8.0f} us with, {1e6 * without_s:8.0f} us without: adds"
-                    f" {statistics.median(added):5.0f} us (rounds: {min(added):.0f} to {max(added):.0f}),"
-                    f" {statistics.median(added) / STEP_S / 1e4:.1f} % of a step of 10 ms"
+                    f"{method:9} {1e6 * without_s:6.0f} us without; adds {described(slowest)} of a step of 10 ms;"
+                    f" mean: adds {described(mean)}",
+                    flush=True,
                 )
 
 
