@@ -84,6 +84,12 @@ def test_errors_that_do_not_travel(job: Any) -> None:
         assert ("WorkerError", "SystemExit", 1) == (outcome["type"], outcome["type_name"], outcome["rank"])
 
 
+def test_classes_of_the_program_are_each_ranks_own(job: Any) -> None:
+    """An error of a class in ``__main__`` is caught there on every rank, and such values are of the rank's own class."""
+    assert [True] * 4 == job.of_all("caught_as_own")
+    assert [[True] * 4] * 4 == job.of_all("gathered_as_own")
+
+
 def test_calls_go_on_after_errors(job: Any) -> None:
     """Errors leave the executor READY, and the next call gets its own answer."""
     assert [[[rank, 1]] for rank in RANKS] == [outcome["value"] for outcome in job.of_all("after_errors")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,41 +16,63 @@ _LOOK_AGAIN_S = 0.005  # a reader that skips ahead in a full ring is not announc
 
 
 class Room:
-    """Tasks that wait for room, woken one by one in the order they came.
+    """The line of tasks that wait for room: they are served in the order they came, which is then the order of their calls.
 
-    Event loops append, backends pop on any thread: each a single atomic operation of the deque.
+    Tasks come and go, and backends look, on any thread: each a single atomic operation of the deque.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._line: deque[_Place] = deque()
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether there is a line: who comes now is not served before it."""
+        return bool(self._line)
 
     def made(self) -> None:
         """For backends: a call has ended."""
-        if self._waiting:
+        if self._line:
             try:
-                wake = self._waiting.popleft()
-            except IndexError:  # another thread took it
+                first = self._line[0]
+            except IndexError:  # it has left meanwhile, and has said so itself
                 return
-            wake()
+            first.wake()
 
-    async def wait(self, limit_s: float) -> None:
-        """Returns when room may have been made, or after ``limit_s``."""
+    def enter(self) -> _Place:
+        """A place at the end of the line, for the running task."""
+        place = _Place()
+        self._line.append(place)
+        return place
+
+    def leave(self, place: _Place) -> None:
+        """Gives it up, served or not."""
+        self._line.remove(place)
+        self.made()
+
+    def is_first(self, place: _Place) -> bool:
+        """Whether it is this one's turn."""
+        return self._line[0] is place
+
+
+class _Place:
+    """One task's place in the line."""
+
+    def __init__(self) -> None:
         import asyncio  # with the first task that waits: a program that never awaits need not load it
 
-        loop, made = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._woken = asyncio.get_running_loop(), asyncio.Event()
 
-        def wake() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(made.set)
+    def wake(self) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._woken.set)
 
-        self._waiting.append(wake)
-        try:
-            await asyncio.wait_for(made.wait(), limit_s)
-        except TimeoutError:
-            pass
-        finally:
-            if wake in self._waiting:
-                self._waiting.remove(wake)
+    async def wait(self, limit_s: float) -> None:
+        """Returns when it may be worth another look, or after ``limit_s``."""
+        import asyncio
+
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), limit_s)
+        self._woken.clear()
 
 
 async def awaited(submit: Callable[[Call, bool], Future[Any]], call: Call, room: Room) -> Any:
@@ -58,16 +81,28 @@ async def awaited(submit: Callable[[Call, bool], Future[Any]], call: Call, room:
     Raises:
         RpcTimeoutError: when there was none before the call's deadline.
     """
-    while True:
-        try:
+    if not room.is_waited_for:
+        future = None
+        with contextlib.suppress(ExecutorBusyError):
             future = submit(call, False)
-        except ExecutorBusyError as busy:
+        if future is not None:
+            return await awaited_future(future)
+    place, why = room.enter(), "earlier calls wait for room"
+    try:
+        while True:
+            if room.is_first(place):
+                try:
+                    future = submit(call, False)
+                    break
+                except ExecutorBusyError as busy:
+                    why = str(busy)
             remaining = call.deadline - time.monotonic()
             if remaining <= 0:
-                raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=str(busy)) from busy
-            await room.wait(min(remaining, _LOOK_AGAIN_S))
-        else:
-            return await awaited_future(future)
+                raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=why)
+            await place.wait(min(remaining, _LOOK_AGAIN_S))
+    finally:
+        room.leave(place)
+    return await awaited_future(future)
 
 
 async def awaited_future(future: Future[Any]) -> Any:

@@ -20,6 +20,7 @@ import functools
 import io
 import pickle
 import struct
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,22 +116,38 @@ def method_name(method: str | Callable[..., Any]) -> str:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle ships no types
-    def __init__(self, file: io.BytesIO, table: arrays.ViewTable) -> None:
+    def __init__(self, file: io.BytesIO, table: arrays.ViewTable | None, same_program: bool = False) -> None:
         super().__init__(file, protocol=5)
-        self._table = table
+        self._table, self._same_program = table, same_program
 
     def reducer_override(self, obj: Any) -> Any:
         if obj is arrays.load_tensor or obj is arrays.load_array:
             return NotImplemented  # by name, which takes cloudpickle long to find out
-        reduced = self._table.reduce(obj)
+        if self._same_program and _is_in_main(obj):
+            return NotImplemented
+        reduced = None if self._table is None else self._table.reduce(obj)
         return super().reducer_override(obj) if reduced is None else reduced
+
+
+def _is_in_main(obj: Any) -> bool:
+    """Whether it is a class or function that ``__main__`` has under its name."""
+    if getattr(obj, "__module__", None) != "__main__" or not callable(obj):
+        return False
+    found: Any = sys.modules["__main__"]
+    for name in getattr(obj, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is obj
 
 
 _EMPTY = Encoded((), 0, Format.NONE)
 
 
-def encode(value: object, name: str = "the value") -> Encoded:
+def encode(value: object, name: str = "the value", same_program: bool = False) -> Encoded:
     """``value`` as a message body; None is an empty one.
+
+    Args:
+        same_program: the receiver has the same ``__main__``, so that its classes and functions travel by name and are the
+            receiver's own.
 
     Raises:
         SerializationError: naming the part of ``value`` that cannot be pickled; ``name`` is what to call the whole.
@@ -142,7 +159,7 @@ def encode(value: object, name: str = "the value") -> Encoded:
         return Encoded((plain,), len(plain), Format.PICKLE)
     table, file = arrays.ViewTable(), io.BytesIO()
     try:
-        _Pickler(file, table).dump(value)
+        _Pickler(file, table, same_program).dump(value)
     except Exception as error:
         path, cause = _culprit(value, name, error)
         raise SerializationError(path, f"{type(cause).__name__}: {cause}") from error
@@ -287,11 +304,18 @@ def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool, owne
     return Request(method, args, kwargs, wants_value)
 
 
-def encode_error(error: BaseException, why: str = "") -> Encoded:
-    """An error with its traceback; whatever cannot be pickled still arrives, as a `WorkerError`."""
+def encode_error(error: BaseException, why: str = "", same_program: bool = False) -> Encoded:
+    """An error with its traceback; whatever cannot be pickled still arrives, as a `WorkerError`.
+
+    Args:
+        same_program: see `encode`.
+    """
     text, remote = _text(error, str), _text(error, lambda e: "".join(traceback.format_exception(e)))
+    pickled, file = None, io.BytesIO()
     try:
-        pickled = None if not isinstance(error, Exception) else cloudpickle.dumps(error)
+        if isinstance(error, Exception):
+            _Pickler(file, None, same_program).dump(error)
+            pickled = file.getvalue()
     except Exception as unpicklable:
         pickled, why = None, why or f"the exception cannot be pickled: {unpicklable}"
     return encode((pickled, type(error).__qualname__, text, remote, why))

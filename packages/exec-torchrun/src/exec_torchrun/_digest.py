@@ -168,6 +168,8 @@ def _memory(value: Any) -> bytes | None:
     """Shape, type and memory of an array or a tensor; None for anything else."""
     if not (hasattr(type(value), "dtype") and hasattr(type(value), "shape")):
         return None
+    if getattr(value.dtype, "hasobject", False):  # its memory is addresses: taken apart as an object
+        return None
     head = f"{tuple(value.shape)} {value.dtype}".encode()
     try:
         if hasattr(type(value), "detach"):  # a tensor

@@ -196,7 +196,11 @@ class GuardedWrapper(WorkerWrapper):
                 value = settle(reply.value, wanted)
                 if not (wanted and plan.gather):
                     return value, None, ()
-                return value, None, ((self._index, _pack(messages.encode(value, f"the value of {plan.name}"))),)
+                return (
+                    value,
+                    None,
+                    ((self._index, _pack(messages.encode(value, f"the value of {plan.name}", same_program=True))),),
+                )
             except BaseException as unsettled:
                 error = unsettled
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
@@ -205,7 +209,7 @@ class GuardedWrapper(WorkerWrapper):
             why = WorkerError(self.rank, os.getpid(), plan.name, type(error).__qualname__, str(error))
             why.__cause__, error = error, why
         messages.add_origin(error, self.rank, os.getpid(), plan.name)
-        return None, error, ((self._index, _pack(messages.encode_error(error), os.getpid())),)
+        return None, error, ((self._index, _pack(messages.encode_error(error, same_program=True), os.getpid())),)
 
     def _values(self, plan: Plan, value: Any, verdict: Frame) -> list[Any]:
         if not plan.gather:

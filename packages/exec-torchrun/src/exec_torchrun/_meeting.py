@@ -34,7 +34,9 @@ SCHEME = "exec-torchrun"
 _HELLO_S = 10.0  # for a connected process to say HELLO
 _RETRY_S = 0.05
 
-_stores: dict[str, Any] = {}  # by what rank 0 drew, for `SCHEME` URLs
+# The launcher's store, kept for this process's later executors: where rank 0 hosts it, it would end with the first of them.
+_kept: dict[tuple[Any, ...], Any] = {}
+_offered: list[Any] = []  # the one that `SCHEME` URLs lead to
 
 
 @attrs.frozen
@@ -105,7 +107,7 @@ def meet(env: LauncherEnv, name: str, report: Report, deadline: float, grace_s: 
             reports, token = _receive(env, key, store, report, deadline)
         else:
             reports, token = _visit(env, key, store, report, deadline)
-        _offer(token, store)
+        _offer(store)
         link: Link | None = None
         hub = reports[env.replica * env.replica_size]
         if listener is not None and report.hub is not None:
@@ -122,6 +124,13 @@ def _store(env: LauncherEnv, deadline: float) -> Any:
     """The store at MASTER_ADDR and MASTER_PORT, whoever hosts it, as ``env://`` finds it."""
     from torch.distributed.rendezvous import rendezvous
 
+    key = os.getpid(), env.master_addr, env.master_port, env.rank, env.world_size
+    if key in _kept:
+        with contextlib.suppress(RuntimeError):  # its host is gone: perhaps there is another one by now
+            _kept[key].set_timeout(_remaining(deadline))
+            _kept[key].num_keys()
+            return _kept[key]
+    _kept.clear()
     url = f"env://?rank={env.rank}&world_size={env.world_size}"
     try:
         store, _, _ = next(rendezvous(url, timeout=_remaining(deadline)))
@@ -131,10 +140,11 @@ def _store(env: LauncherEnv, deadline: float) -> Any:
             env.rank, "launch", f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}", os.getpid(),
             "check that all ranks were started, that rank 0 runs there, and that the port is free",
         ) from error  # fmt: skip
+    _kept[key] = store
     return store
 
 
-def _offer(token: str, store: Any) -> None:
+def _offer(store: Any) -> None:
     """Makes ``SCHEME://token`` a URL that `torch.distributed.init_process_group` takes, once for each process group."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import register_rendezvous_handler
@@ -142,13 +152,13 @@ def _offer(token: str, store: Any) -> None:
     def handler(url: str, timeout: datetime.timedelta, **_: object) -> Iterator[tuple[Any, int, int]]:
         parsed = urlsplit(url)
         query = dict(parse_qsl(parsed.query))
-        prefixed = dist.PrefixStore(parsed.netloc, _stores[parsed.netloc])  # type: ignore[attr-defined] # public
+        prefixed = dist.PrefixStore(parsed.netloc, *_offered)  # type: ignore[attr-defined] # public
         prefixed.set_timeout(timeout)
         yield prefixed, int(query["rank"]), int(query["world_size"])
 
-    if not _stores:
+    if not _offered:
         register_rendezvous_handler(SCHEME, handler)  # type: ignore[no-untyped-call] # torch does not type it
-    _stores[token] = store
+    _offered[:] = [store]
 
 
 def _receive(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float) -> tuple[tuple[Report, ...], str]:

@@ -46,6 +46,25 @@ class GuardWorker(workers.EchoWorker):
             raise SystemExit(3)
 
 
+class ProgramError(Exception):
+    """Of this program, which every rank runs."""
+
+
+def program_error(worker: ec.Worker) -> None:
+    """Raises it on one rank."""
+    if worker.context.rank == 2:
+        raise ProgramError
+
+
+def caught_as_own() -> bool:
+    """Whether the program's own ``except`` catches it."""
+    try:
+        impatient.collective_rpc(program_error)
+    except ProgramError:
+        return True
+    return False
+
+
 class Impatient(ExecutorWithExternalLauncher):
     """Ranks may be half a second apart, and stay in a failed call for as long."""
 
@@ -129,6 +148,11 @@ with Impatient(config(GuardWorker, Impatient, tp=4)) as impatient:
         generation=impatient.generation,
         state_after_restart=impatient.state.value,
         heard=len(heard),
+        caught_as_own=caught_as_own(),
+        gathered_as_own=[
+            type(value) is ProgramError
+            for value in impatient.collective_rpc(lambda worker: ProgramError(worker.context.rank), gather=True)
+        ],
     )
 
 with Unguarded(config(GuardWorker, Unguarded, tp=4)) as unguarded:
