@@ -179,7 +179,12 @@ class LlamaWorker(Worker):
         """Brings the weights back, from the file if they were dropped, and allocates the KV cache, which is empty then.
 
         Whoever pushes new weights wakes up ``weights`` first and ``kv_cache`` after it: the two peaks do not add up.
+
+        Raises:
+            ValueError: for a tag that is neither.
         """
+        if unknown := set(tags or ()) - {"weights", "kv_cache"}:
+            raise ValueError(f"tags must be 'weights' or 'kv_cache', not {sorted(unknown)}")
         if tags is None or "weights" in tags:
             if self._model is None:
                 self.load_model()

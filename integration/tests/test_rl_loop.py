@@ -9,17 +9,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
+
+from rl_loop import POLICY
+from tiny_gguf import write_tiny_gguf
 
 PROGRAM = Path(__file__).parents[1] / "rl_loop.py"
 Rounds = list[list[dict[str, Any]]]  # of each round, what each rank saw
 
 
-@pytest.fixture(scope="module", params=[pytest.param("1", id="tp2"), pytest.param("2", id="pp2")])
+LAYOUTS = {"tp2": ("1", True), "pp2": ("2", True), "pp2-untied": ("2", False)}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def rounds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: str) -> Rounds:
-    """Three rounds on two ranks."""
+    """Three rounds on two ranks, of a model with one table for both ends, or two."""
+    pipeline, tied = LAYOUTS[request.param]
+    path = tmp_path_factory.mktemp("policy") / "policy.gguf"
+    model = [] if tied else ["--model", write_tiny_gguf(path, attrs.evolve(POLICY, tied=False))]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(PROGRAM)]
-    options = ["--json", "--rounds", "3", "--device", device, "--pipeline-parallel-size", request.param]
+    options = ["--json", "--rounds", "3", "--device", device, "--pipeline-parallel-size", pipeline, *model]
     environ = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("job"))}
     done = subprocess.run([*command, *options], env=environ, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
