@@ -115,9 +115,11 @@ def test_different_arguments_are_different_calls(one: Any, other: Any) -> None:
 
 
 def test_name_keywords_and_options_count() -> None:
-    """Another method, an argument under another name, and other options are other calls."""
+    """Another method, an argument under another name, and other options are other calls; the order of keywords is not."""
     assert of(1) != of(1, method="other")
     assert of(1) != of(x=1)
+    assert (of(x=1, y=2), quick(x=1, y=2)) == (of(y=2, x=1), quick(y=2, x=1))
+    assert of(x=1, y=2) != of(x=2, y=1)
     for digest in (exact_digest, quick_digest):
         assert digest("step", (1,), {}, ((0, 1),)) != digest("step", (1,), {}, ((0,),))
 
@@ -134,6 +136,10 @@ def test_callables_count_by_code_and_plain_data() -> None:
         assert digest(method=closing_over(torch.zeros(1))) == digest(method=closing_over(torch.ones(1)))
         assert digest(method=closing_over([np.zeros(1)])) == digest(method=closing_over([np.ones(1)]))
         assert digest(method=lambda worker: worker.a) != digest(method=lambda worker: worker.a.b)
+        assert digest(method=lambda worker: worker.a) != digest(method=lambda worker: worker.b)
+        assert digest(method=lambda worker: 1) != digest(method=lambda worker: 2)
+        assert digest(method=lambda worker: [1 for _ in "a"]) != digest(method=lambda worker: [2 for _ in "a"])
+        assert digest(method=lambda worker, x=1: x) != digest(method=lambda worker, x=2: x)
         assert digest(method=[1].append) != digest(method=[2].append)
 
 

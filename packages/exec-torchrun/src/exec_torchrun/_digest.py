@@ -51,7 +51,7 @@ def quick_digest(
     pickler = _Pickler(file, 5)
     pickler.fast = True  # no memo: what is shared does not count
     try:
-        pickler.dump((method, args, kwargs, options))
+        pickler.dump((method, args, _ordered(kwargs), options))
     except Exception:  # something in it cannot be pickled, or holds itself
         return exact_digest(method, args, kwargs, options)
     return _checksum(file.getbuffer())
@@ -61,7 +61,12 @@ def exact_digest(
     method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: tuple[Any, ...]
 ) -> bytes:
     """16 bytes, equal for equal calls and for no others."""
-    return _digest((method, args, kwargs, options), _DEPTH)
+    return _digest((method, args, _ordered(kwargs), options), _DEPTH)
+
+
+def _ordered(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keyword arguments mean the same in any order."""
+    return dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
 
 
 def describe_call(method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -155,13 +160,24 @@ def _feed_parts(update: Callable[[bytes], None], value: Any, depth: int) -> None
 
 
 def _code_of(function: types.FunctionType | types.MethodType) -> bytes:
-    """Its name and code, and the plain data that it closes over: anything else there may be a rank's own weights."""
-    parts = [f"{function.__module__}.{function.__qualname__}".encode(), function.__code__.co_code]
+    """Its name and code, and the plain data that it closes over or has as defaults: other things may be a rank's own."""
+    parts = [f"{function.__module__}.{function.__qualname__}".encode(), *_code_parts(function.__code__)]
+    values = [*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items())]
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # it is empty still
-            if _is_data(cell.cell_contents):
-                parts.append(marshal.dumps(cell.cell_contents, 2))
-    return b"".join(parts)
+            values.append(cell.cell_contents)
+    return b"".join([*parts, *(marshal.dumps(value, 2) for value in values if _is_data(value))])
+
+
+def _code_parts(code: types.CodeType) -> list[bytes]:
+    """What it does, without where it was read from: that may differ between machines."""
+    parts = [code.co_code, repr(code.co_names).encode()]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            parts += _code_parts(constant)
+        elif _is_data(constant):
+            parts.append(marshal.dumps(constant, 2))
+    return parts
 
 
 def _memory(value: Any) -> bytes | None:
