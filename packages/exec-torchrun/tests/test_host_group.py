@@ -70,6 +70,16 @@ def test_a_world_size_that_is_not_dp_x_tp_x_pp_is_an_error(job: Any) -> None:
         assert "torchrun --nproc-per-node 4 host_group.py" in outcome["text"]
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_variable_that_is_wrong_on_one_rank_is_every_ranks_error(job: Any, wrong: int) -> None:
+    """The others hear of it soon instead of waiting for that rank, and a later start works."""
+    for outcome in job.of_all(f"wrong_on_{wrong}"):
+        assert "ConfigError" == outcome["type"]
+        assert f"LOCAL_RANK must be an integer from 0 to {wrong}, got '7'" in outcome["text"]
+        assert outcome["seconds"] < 5.0
+    assert [None] * 2 == [outcome.get("value", "raised") for outcome in job.of_all("after_wrong")]
+
+
 def test_a_worker_that_handles_devices_itself_needs_no_groups(job: Any) -> None:
     """With ``device="none"`` there are no process groups, and the guard and the minimum work all the same."""
     assert [[99, 10]] * 2 == [outcome["value"] for outcome in job.of_all("no_groups")]

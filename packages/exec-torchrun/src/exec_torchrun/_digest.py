@@ -161,6 +161,8 @@ def _feed_parts(update: Callable[[bytes], None], value: Any, depth: int) -> None
 
 def _code_of(function: types.FunctionType | types.MethodType) -> bytes:
     """Its name and code, and the plain data that it closes over or has as defaults: other things may be a rank's own."""
+    if isinstance(function, types.MethodType):
+        return _code_of(function.__func__) if isinstance(function.__func__, types.FunctionType) else b""
     parts = [f"{function.__module__}.{function.__qualname__}".encode(), *_code_parts(function.__code__)]
     values = [*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items())]
     for cell in function.__closure__ or ():

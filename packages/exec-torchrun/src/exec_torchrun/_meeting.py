@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import pickle
 import secrets
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import attrs
 
+from exec_core import messages
 from exec_core.errors import WorkerStartupError
 from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind, wait_readable
@@ -32,7 +34,10 @@ from exec_torchrun._page import HAS_PAGE, Page
 
 SCHEME = "exec-torchrun"
 _HELLO_S = 10.0  # for a connected process to say HELLO
-_RETRY_S = 0.05
+_RETRY_S = 0.005
+_WARNING_S = 0.2  # how often rank 0 looks for one
+
+Problem = tuple[int, str] | bytes | None  # a rank and what about it, or an error of its own, pickled
 
 # The launcher's store, kept for this process's later executors: where rank 0 hosts it, it would end with the first of them.
 _kept: dict[tuple[Any, ...], Any] = {}
@@ -161,12 +166,39 @@ def _offer(store: Any) -> None:
     _offered[:] = [store]
 
 
+def warn_others(name: str, error: bytes) -> None:
+    """Tells the ranks that wait for this one why it cannot come, where torchrun keeps the store and not one of the ranks.
+
+    Args:
+        name: of the meeting that it misses.
+        error: pickled with `exec_core.messages.encode_error`.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    with contextlib.suppress(Exception):  # its own error is told in any case
+        from torch.distributed.rendezvous import rendezvous
+
+        # Any rank but 0: this one may not know its own, and the launcher's store is the same for all.
+        store, _, _ = next(rendezvous("env://?rank=1&world_size=2", timeout=datetime.timedelta(seconds=_HELLO_S)))
+        store.set(_wrong(f"{SCHEME}/{name}"), error)
+
+
+def _wrong(key: str) -> str:
+    return f"{key}/wrong"
+
+
+def _warning(store: Any, key: str) -> bytes | None:
+    """What a rank that cannot come has said."""
+    return bytes(store.get(_wrong(key))) if store.check([_wrong(key)]) else None
+
+
 def _receive(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float) -> tuple[tuple[Report, ...], str]:
     """Rank 0's part: waits for all others and tells each what all have said."""
     with contextlib.ExitStack() as stack:
         listener, address = _listen(env, stack)
         store.set(key, pickle.dumps(address))
-        visitors, problem = _accept(listener, address.secret, range(1, env.world_size), deadline)
+        warning = functools.partial(_warning, store, key)
+        visitors, problem = _accept(listener, address.secret, range(1, env.world_size), deadline, warning)
         for connection, _ in visitors.values():
             stack.callback(connection.close)
         reports = (mine, *(pickle.loads(visitors[rank][1].parts[1][1]) for rank in sorted(visitors)))
@@ -179,11 +211,16 @@ def _receive(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: flo
 def _visit(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float) -> tuple[tuple[Report, ...], str]:
     """The other ranks' part."""
     while True:
-        store.set_timeout(_remaining(deadline))
         try:
-            address = pickle.loads(store.get(key))
+            said = None
+            while not store.check([key]) and (said := _warning(store, key)) is None and time.monotonic() < deadline:
+                time.sleep(_RETRY_S)
+            store.set_timeout(_remaining(deadline))
+            address = None if said is not None else pickle.loads(store.get(key))
         except Exception as error:
             raise WorkerStartupError(0, "launch", "did not come to the ranks' first meeting") from error
+        if address is None:
+            return _checked(said, (), "")
         connection = _try_connect(address, env.rank, pickle.dumps(mine))
         frame = None if connection is None else connection.receive(deadline)
         if connection is not None:
@@ -193,9 +230,9 @@ def _visit(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float
         _pause(deadline, 0)  # what an earlier attempt left in the store is overwritten soon
 
 
-def _checked(
-    problem: tuple[int, str] | None, reports: tuple[Report, ...], token: str
-) -> tuple[tuple[Report, ...], str]:
+def _checked(problem: Problem, reports: tuple[Report, ...], token: str) -> tuple[tuple[Report, ...], str]:
+    if isinstance(problem, bytes):
+        raise messages.decode_error(memoryview(problem), messages.Format.PICKLE, -1, 0, "launch")
     if problem is not None:
         raise WorkerStartupError(problem[0], "launch", problem[1])
     return reports, token
@@ -204,7 +241,7 @@ def _checked(
 def _gather(env: LauncherEnv, listener: socket.socket, secret: bytes, deadline: float) -> dict[int, Connection]:
     visitors, problem = _accept(listener, secret, range(1, env.replica_size), deadline)
     connections = {index: connection for index, (connection, _) in visitors.items()}
-    if problem is not None:
+    if isinstance(problem, tuple):
         for connection in connections.values():
             connection.close()
         raise WorkerStartupError(env.rank + problem[0], "launch", problem[1])
@@ -271,12 +308,20 @@ def _address_towards(host: str, port: int) -> str:
 
 
 def _accept(
-    listener: socket.socket, secret: bytes, expected: Collection[int], deadline: float
-) -> tuple[dict[int, tuple[Connection, Frame]], tuple[int, str] | None]:
-    """Connections of the ``expected`` with their HELLO, and what went wrong: a rank, and what about it."""
+    listener: socket.socket,
+    secret: bytes,
+    expected: Collection[int],
+    deadline: float,
+    warning: Callable[[], bytes | None] = lambda: None,
+) -> tuple[dict[int, tuple[Connection, Frame]], Problem]:
+    """Connections of the ``expected`` with their HELLO, and what went wrong; ``warning`` is asked while there is time."""
     came: dict[int, tuple[Connection, Frame]] = {}
     while len(came) < len(expected):
-        if not wait_readable(listener, deadline - time.monotonic()):
+        if not wait_readable(listener, min(_WARNING_S, deadline - time.monotonic())):
+            if (said := warning()) is not None:
+                return came, said
+            if time.monotonic() < deadline:
+                continue
             missing = [number for number in expected if number not in came]
             return came, (missing[0], f"has not come to the ranks' first meeting; missing: {missing}")
         connection = Connection(listener.accept()[0])

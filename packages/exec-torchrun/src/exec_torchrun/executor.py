@@ -17,12 +17,12 @@ from exec_core.base import OnProgress
 from exec_core.config import CacheConfig, ExecutorConfig, ParallelConfig
 from exec_core.context import WorkerInit
 from exec_core.devices import Placement
-from exec_core.errors import ExecutorError
+from exec_core.errors import ConfigError, ExecutorError
 from exec_core.executor import Executor
 from exec_torchrun._env import LauncherEnv, read_env
 from exec_torchrun._group import SpmdGroup, SpmdLoop
 from exec_torchrun._guard import GuardedWrapper, Plan, diverged
-from exec_torchrun._meeting import Meeting, Report, meet
+from exec_torchrun._meeting import Meeting, Report, meet, warn_others
 
 _numbers = itertools.count()  # of this process's executors: all ranks make theirs in the same order
 _exiting = False
@@ -63,9 +63,14 @@ class ExecutorWithExternalLauncher(Executor):
         self._loop = SpmdLoop(self)
 
     def _launch(self, deadline: float) -> SpmdGroup:
-        env = read_env(self._config.parallel)
+        name = f"{self._number}-{self.generation}"
+        try:
+            env = read_env(self._config.parallel)
+        except ConfigError as wrong:
+            warn_others(name, b"".join(messages.encode_error(wrong).parts))
+            raise
         report, placement = self._report(env)
-        meeting = meet(env, f"{self._number}-{self.generation}", report, deadline, self.error_grace_s)
+        meeting = meet(env, name, report, deadline, self.error_grace_s)
         try:
             self._check(meeting)
             assert placement is not None  # or the report had an error

@@ -70,3 +70,13 @@ record(
     ),
     nothing=not dist.is_initialized(),
 )
+
+# A variable that is wrong on one rank only, which is the first or another.
+local_rank = os.environ["LOCAL_RANK"]
+for wrong in range(2):
+    os.environ["LOCAL_RANK"] = "7" if wrong == RANK else local_rank
+    record(**{f"wrong_on_{wrong}": outcome(ec.create_executor, config(workers.EchoWorker, tp=2))})
+os.environ["LOCAL_RANK"] = local_rank
+record(
+    after_wrong=outcome(lambda: ec.create_executor(config(workers.EchoWorker, tp=2)).shutdown()),
+)
