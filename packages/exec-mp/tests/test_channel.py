@@ -56,7 +56,7 @@ class Ends:
         number = next(number for of, number in self.driver.replies(words) if of == rank)
         answer = self.driver.open(rank, number, self.driver.take(rank, number))
         value = messages.decode(answer.body, answer.format, owned=answer.owned)
-        self.driver.consume(self.up_to(rank, number + 1))
+        self.driver.consume(self.up_to(rank, number + 1), replies=True)
         return value
 
     def up_to(self, rank: int, number: int) -> list[int]:
@@ -283,7 +283,7 @@ def test_acknowledgements_of_all_ranks_are_seen_at_once(ends: Ends) -> None:
     words = ends.driver.look()
     assert words is not None
     assert ([8, 9], []) == (ends.driver.acks(words), ends.driver.replies(words))
-    ends.driver.consume(words)
+    ends.driver.consume(words, replies=False)
     assert ends.driver.look() is None
 
 

@@ -193,9 +193,13 @@ class Calls:
         return [entry]
 
     def _close(self, entry: Entry) -> None:
-        self._drop(entry)
+        del self.in_flight[entry.id]
+        if self.gated and entry in self.gated:
+            self.gated.remove(entry)
         if not entry.finished:
-            self._finish(entry, first_failure(entry.failures) if entry.failures else None)
+            entry.finished, entry.settle_at = True, math.inf
+            if entry.failures:
+                entry.error = first_failure(entry.failures)
 
     @staticmethod
     def _finish(entry: Entry, error: BaseException | None) -> Entry:

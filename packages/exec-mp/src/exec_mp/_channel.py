@@ -122,6 +122,7 @@ class DriverChannel:
         self._answers = slice(shared.word(_layout.ACKS, 0), shared.word(_layout.REPLIES, self._row))
         self._replies = slice(shared.word(_layout.REPLIES, 0), shared.word(_layout.REPLIES, self._row))
         self._seen = [0] * (2 * self._row)  # what `look` found that has been dealt with; by the taking thread
+        self._taken = [0] * self._row  # of them, the replies in rings
         self._poll = select.poll()
         self._poll.register(self.bell, select.POLLIN)
 
@@ -219,10 +220,10 @@ class DriverChannel:
 
     def replies(self, words: list[int]) -> list[tuple[int, int]]:
         """Rank and number of each reply in a ring that has not been consumed."""
-        row, seen = self._row, self._seen
-        if words[row:] == seen[row:]:
+        counts, taken = words[self._row :], self._taken
+        if counts == taken:
             return []
-        return [(rank, n) for rank in self.remote_ranks for n in range(seen[row + rank], words[row + rank])]
+        return [(rank, number) for rank in self.remote_ranks for number in range(taken[rank], counts[rank])]
 
     def take(self, rank: int, number: int) -> Header:
         """A reply that `replies` has named."""
@@ -238,13 +239,13 @@ class DriverChannel:
             body = self._view[start : start + nbytes]
         return Answer(rank, status, fmt, body, position != 0, time_ns)
 
-    def consume(self, words: list[int]) -> None:
-        """What ``words`` say has been dealt with; the slots of the replies may be used again."""
-        row, seen = self._row, self._seen
+    def consume(self, words: list[int], replies: bool) -> None:
+        """What ``words`` say has been dealt with; if there were ``replies``, their slots may be used again."""
         self._seen = words
-        if words[row:] != seen[row:]:
+        if replies:
+            self._taken = taken = words[self._row :]
             for rank in self.remote_ranks:
-                self._words[self._replies_read + rank] = words[row + rank]
+                self._words[self._replies_read + rank] = taken[rank]
 
     def open_gate(self, rank: int, number: int) -> None:
         """Lets ``rank`` start gated requests up to ``number``."""

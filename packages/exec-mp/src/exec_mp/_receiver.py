@@ -256,7 +256,7 @@ class Receiver:
             elif entry.future is not None or entry.waiter is not None:
                 self.deliver(entry)
         # After recording: interrupted in between, a reply is read again and recognised.
-        channel.consume(words)
+        channel.consume(words, bool(replies))
 
     def _take(self, rank: int, number: int) -> Taken | None:
         """A reply from a ring; None for one that is no answer."""
