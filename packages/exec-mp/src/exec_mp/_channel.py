@@ -160,6 +160,7 @@ class DriverChannel:
         with self._in_order:
             pass
         self._wake(self.remote_ranks if crowded else ranks)
+        os.sched_yield()  # at once: a rank may be looking for it, on this very processor
         return number
 
     def _allocate(self, name: bytes, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:

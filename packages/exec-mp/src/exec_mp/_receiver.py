@@ -101,7 +101,6 @@ class Receiver:
                     self._settle([entry])
             return
         try:
-            os.sched_yield()  # at once: a rank that shares this processor may be looking for the request
             while not self._wait_once(entry):
                 if entry.is_due(time.monotonic()):
                     self._settle([entry])
