@@ -181,3 +181,14 @@ def test_no_port_is_opened(launch: Launch) -> None:
     addresses = {address for of_rank in executor.collective_rpc(listening) for address in of_rank}
 
     assert all(re.fullmatch(r"0100007F:[0-9A-F]{4}|0{24}01000000:[0-9A-F]{4}", address) for address in addresses)
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_timed_waits_of_workers_are_precise(launch: Launch, start_method: str) -> None:
+    """A worker's timers are due within a microsecond, however it was started."""
+
+    def slack(worker: Any) -> str:
+        with open("/proc/self/timerslack_ns", encoding="ascii") as file:
+            return file.read()
+
+    assert ["1000\n"] == launch(1, rpc={"start_method": start_method}).collective_rpc(slack)

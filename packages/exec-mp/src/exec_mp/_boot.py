@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
+_SLACK_NS = 1000  # by which a worker's timed waits may be late; the default is 50 us
 _libc = ctypes.CDLL(None)  # loaded here: a child should not have to
 
 FIRST_FD = (
@@ -48,6 +49,7 @@ def be_worker(server: int, execs: bool, fds: Sequence[int]) -> NoReturn:
     try:
         os.setpgid(0, 0)  # a group of its own: what it starts can be ended with it
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _libc.prctl(_PR_SET_TIMERSLACK, _SLACK_NS)
         if os.getppid() != server:  # it died before the line above
             os._exit(1)
         _take_descriptors(fds)

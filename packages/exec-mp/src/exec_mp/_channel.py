@@ -160,7 +160,6 @@ class DriverChannel:
         with self._in_order:
             pass
         self._wake(self.remote_ranks if crowded else ranks)
-        os.sched_yield()  # at once: a rank may be looking for it, on this very processor
         return number
 
     def _allocate(self, name: bytes, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
@@ -313,6 +312,7 @@ class WorkerChannel:
         self._request_head, self._reply_slot = geometry.request_head, geometry.reply_slot
         self._inline_bytes = geometry.inline_bytes
         self._read = self._replied = 0
+        self._word = self._requests // 8  # where the next request's number appears
         self._at = {row: shared.word(row, rank) for row in range(_layout.GATE + 1)}
         self._current, self._since = self._at[_layout.CURRENT_CALL], self._at[_layout.SINCE_NS]
         self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
@@ -333,8 +333,7 @@ class WorkerChannel:
         """The next request for this rank. Skips those for others."""
         words, view = self._words, self._view
         while True:
-            slot = self._requests + self._read % self._slots * self._request_slot
-            word = slot // 8
+            word = self._word
             if words[word] <= self._read:
                 self._await(word, self._read + 1)
             if not IN_ORDER:
@@ -342,6 +341,7 @@ class WorkerChannel:
             if words[word + self._mask_word] >> self._mask_bit & 1:
                 break
             self.done_reading()
+        slot = 8 * word
         call_id, flags, nbytes, fmt, position, block, padded = _REQUEST.unpack_from(view, slot + self._fields)
         if flags & _GATED:
             self._await(self._at[_layout.GATE], self._read + 1)
@@ -371,7 +371,8 @@ class WorkerChannel:
 
     def done_reading(self) -> None:
         """The request is copied out or held; its slot may be used again."""
-        self._read = self._words[self._position] = self._read + 1
+        self._read = read = self._words[self._position] = self._read + 1
+        self._word = (self._requests + read % self._slots * self._request_slot) // 8
 
     def _await(self, word: int, value: int) -> None:
         """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps."""
@@ -431,21 +432,23 @@ class WorkerChannel:
         if not IN_ORDER:
             fence()
         self._replied = words[self._replies] = number + 1
-        with self._in_order:
-            pass
-        if words[self._driver_sleeps]:
-            os.eventfd_write(self._driver_bell, 1)
+        self._announce()
 
     def acknowledge(self, call_id: int) -> None:
         """Says that all calls up to ``call_id`` are answered: those without a reply in the ring, with nothing to say."""
         if not IN_ORDER:
             fence()
         self._words[self._acks] = call_id
+        self._announce()
+
+    def _announce(self) -> None:
+        """There is an answer."""
         with self._in_order:
             pass
         if self._words[self._driver_sleeps]:
             os.eventfd_write(self._driver_bell, 1)
-        os.sched_yield()  # at once: the driver may be looking for it, on this very processor
+        if self._words[self._word] <= self._read:  # there is nothing to do
+            os.sched_yield()  # at once: the driver may be looking for it, on this very processor
 
     @property
     def backlog(self) -> int:

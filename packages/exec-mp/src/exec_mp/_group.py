@@ -162,6 +162,8 @@ class ProcessGroup:
                         self._calls.withdraw(entry)
             if entry.number is None:
                 return None
+            if future is None:
+                os.sched_yield()  # at once: a rank may be looking for it, on this very processor
         job = self._enqueue_inline(inline, entry) if inline is not None and 0 in call.ranks else None
         if entry.ungated:
             with self._lock:
