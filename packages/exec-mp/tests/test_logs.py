@@ -15,7 +15,7 @@ def talk(worker):
     worker.context.log.debug("too quiet")
     logging.getLogger("library").warning("by logging")
     os.write(2, b"by the operating system\\n")
-    print("by print", flush=True)
+    print("by print\\n", end="", flush=True)  # one write, whether or not the stream is buffered
     try:
         raise ValueError("two\\nlines")
     except ValueError:
