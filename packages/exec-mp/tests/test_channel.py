@@ -14,8 +14,10 @@ import torch
 
 from exec_core import messages
 from exec_core.errors import MessageTooLargeError
-from exec_mp._channel import NOTHING, DriverChannel, WorkerChannel
+from exec_mp._channel import NOTHING
+from exec_mp._driver_channel import DriverChannel
 from exec_mp._layout import Geometry
+from exec_mp._worker_channel import WorkerChannel
 
 GEOMETRY = Geometry(world_size=2, slots=4, inline_bytes=256, arena_bytes=1 << 24, spin_s=0.0)
 

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from exec_core.asynchronous import Room
-from exec_mp._channel import DriverChannel
+from exec_mp._driver_channel import DriverChannel
 from exec_mp._launcher import Session
 from exec_mp._layout import Geometry
 from exec_mp._output import WorkerOutput

@@ -27,7 +27,7 @@ from exec_core import messages
 from exec_core.messages import Failure, Status
 from exec_mp._answers import decoded
 from exec_mp._calls import Calls, Entry
-from exec_mp._channel import DriverChannel
+from exec_mp._driver_channel import DriverChannel
 from exec_mp._pace import Pace
 from exec_mp._poller import Handler, Poller
 from exec_mp._wakeup import Wakeup
@@ -241,7 +241,8 @@ class Receiver:
 
     def _process(self, words: list[int]) -> None:
         """Takes what the ranks have answered, as `DriverChannel.look` has found it. The leader's alone."""
-        channel, calls, taken = self._channel, self._calls, ()
+        channel, calls = self._channel, self._calls
+        taken: Sequence[Taken] = ()
         if replies := channel.replies(words):
             taken = [found for reply in replies if (found := self._take(*reply)) is not None]
         with self._lock:

@@ -23,9 +23,10 @@ from exec_core.messages import Encoded, Format, Reply, Request, Status
 from exec_core.worker import as_async_output
 from exec_core.wrapper import DONE as _DONE
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
-from exec_mp._channel import NOTHING, WorkerChannel
+from exec_mp._channel import NOTHING
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
+from exec_mp._worker_channel import WorkerChannel
 
 BOOT_FD, RENDEZVOUS_FD, CHANNEL_FD, BELL_FD, DRIVER_BELL_FD, STACK_BELL_FD, STACKS_FD = range(3, 10)
 _PROGRESS_EVERY_S = 0.05

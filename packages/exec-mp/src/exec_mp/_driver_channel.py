@@ -1,0 +1,231 @@
+"""The driver's end of the channel, see `exec_mp._channel`."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import threading
+from collections.abc import Sequence
+
+from exec_core.errors import MessageTooLargeError
+from exec_core.messages import Encoded
+from exec_mp import _layout
+from exec_mp._arena import BLOCKS, Arena
+from exec_mp._channel import EXIT, GATED, LIMITS, NOTHING, ONE_READER, REPLY_FIELDS, Answer, Header, rings
+from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
+
+_MASKS = 256  # remembered; a program chooses among few sets of ranks
+
+
+class DriverChannel:
+    """The driver's end: writes requests, reads the replies of all ranks. One thread publishes at a time, one takes.
+
+    Raises:
+        ExecutorError: when the system refuses the memory or the address space.
+    """
+
+    def __init__(self, geometry: Geometry, remote_ranks: Sequence[int]) -> None:
+        self.remote_ranks = tuple(remote_ranks)
+        self.fd, geometry = reserve(geometry)
+        self.geometry = geometry
+        self._shared = shared = Shared(self.fd, geometry)
+        self._view, self._words, size = shared.view, shared.words, geometry.world_size
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.bells = {rank: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for rank in remote_ranks}
+        holds = shared.holds(geometry.request_holds, BLOCKS * size)
+        self._arena = Arena(shared.mapping, geometry.request_arena, geometry.arena_bytes, holds, size)
+        self._reply_holds = [shared.holds(geometry.reply_holds(rank), BLOCKS) for rank in range(size)]
+        self._reply_rings = [geometry.replies(rank) for rank in range(size)]
+        self._reply_slot, self._replies_read = geometry.reply_slot, shared.word(_layout.REPLIES_READ, 0)
+        self._slots, self._crowd = geometry.slots, geometry.slots // 2
+        self._requests, self._request_slot = geometry.requests, geometry.request_slot
+        self._request_head, self._inline_bytes = geometry.request_head, geometry.inline_bytes
+        self._request = struct.Struct(f"<{16 * geometry.mask_words}s{REQUEST}")
+        self._sleeps = slice(shared.word(_layout.SLEEPS, 0), shared.word(_layout.SLEEPS, size))
+        self._sleep_word = shared.word(_layout.DRIVER_SLEEPS, 0)
+        self._words[self._sleep_word] = 1
+        self._in_order = threading.Lock()  # taken for the locked instruction alone
+        self._sent = 0  # requests published; by the publishing thread
+        self._read = 0  # of them, known to be read by all; likewise
+        self._chosen: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # whom `_mask` was made for
+        self._mask = b""
+        self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], bytes] = {}
+        self._row = geometry.row
+        self._answers = slice(shared.word(_layout.ACKS, 0), shared.word(_layout.REPLIES, self._row))
+        self._replies = slice(shared.word(_layout.REPLIES, 0), shared.word(_layout.REPLIES, self._row))
+        self._seen = [0] * (2 * self._row)  # what `look` found that has been dealt with; by the taking thread
+        self._taken = [0] * self._row  # of them, the replies in rings
+        self._poll = select.poll()
+        self._poll.register(self.bell, select.POLLIN)
+
+    def publish(
+        self,
+        call_id: int,
+        name: bytes,
+        body: Encoded,
+        ranks: tuple[int, ...],
+        reply_ranks: tuple[int, ...],
+        flags: int = 0,
+    ) -> int | None:
+        """Sends one request to ``ranks`` and returns its number, or None while there is no room."""
+        number, view, nbytes = self._sent, self._view, body.nbytes
+        crowded = number - self._read >= self._crowd  # then those who skip it must read past it soon, too
+        if crowded and number - self._count_read() >= self._slots:
+            return None
+        position = block = 0
+        if nbytes > self._inline_bytes:
+            place = self._allocate(name, nbytes, ranks)
+            if place is None:
+                return None
+            position, block = place
+        if ranks is not self._chosen[0] or reply_ranks is not self._chosen[1]:
+            self._mask, self._chosen = self._masked(ranks, reply_ranks), (ranks, reply_ranks)
+        if len(ranks) == 1:
+            flags |= ONE_READER
+        slot = self._requests + number % self._slots * self._request_slot
+        self._request.pack_into(view, slot + 8, self._mask, call_id, flags, nbytes, body.format, position, block, name)
+        if nbytes:
+            write_body(view, body.parts, position or slot + self._request_head)
+        if not IN_ORDER:
+            fence()
+        self._sent = self._words[slot // 8] = number + 1
+        with self._in_order:
+            pass
+        self._wake(self.remote_ranks if crowded else ranks)
+        return number
+
+    def _allocate(self, name: bytes, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
+        """Position and number of a block in the arena; None while there is no room."""
+        if nbytes > self._arena.limit:
+            raise MessageTooLargeError(repr(name.decode() or "the call"), nbytes, self._arena.limit, LIMITS)
+        return self._arena.allocate(nbytes, ranks)
+
+    def _wake(self, ranks: tuple[int, ...]) -> None:
+        """Rings the bells of those of ``ranks`` that sleep."""
+        sleeping = self._words[self._sleeps].tolist()
+        if 1 in sleeping:
+            for rank in ranks:
+                if sleeping[rank]:
+                    os.eventfd_write(self.bells[rank], 1)
+
+    def publish_exit(self) -> None:
+        """Tells all ranks to leave their loops."""
+        self.publish(0, b"exit", NOTHING, self.remote_ranks, (), EXIT)
+
+    def publish_gated(
+        self, call_id: int, name: bytes, body: Encoded, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]
+    ) -> int | None:
+        """`publish`, but a rank starts the call only when `open_gate` says so."""
+        return self.publish(call_id, name, body, ranks, reply_ranks, GATED)
+
+    def _masked(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]) -> bytes:
+        """One bit per rank for who runs it, then for whose value is wanted."""
+        mask = self._masks.get((ranks, reply_ranks))
+        if mask is not None:
+            return mask
+        nbytes = 8 * self.geometry.mask_words
+        numbers = (sum(1 << rank for rank in chosen) for chosen in (ranks, reply_ranks))
+        mask = b"".join(number.to_bytes(nbytes, "little") for number in numbers)
+        if len(self._masks) < _MASKS:
+            self._masks[ranks, reply_ranks] = mask
+        return mask
+
+    def _count_read(self) -> int:
+        """Requests that all ranks have read."""
+        first = self._shared.word(_layout.REQUESTS_READ, 0)
+        self._read = min(self._words[first + rank] for rank in self.remote_ranks)
+        return self._read
+
+    def look(self) -> list[int] | None:
+        """The words that say what the ranks have answered, or None while that is what was `consume`-d last."""
+        words: list[int] = self._words[self._answers].tolist()
+        if words == self._seen:
+            return None
+        if not IN_ORDER:
+            fence()
+            words[self._row :] = self._words[self._replies].tolist()
+        return words
+
+    def acks(self, words: list[int]) -> list[int]:
+        """By rank: the id of the call up to which it has answered."""
+        return words[: self.geometry.world_size]
+
+    def replies(self, words: list[int]) -> list[tuple[int, int]]:
+        """Rank and number of each reply in a ring that has not been consumed."""
+        counts, taken = words[self._row :], self._taken
+        if counts == taken:
+            return []
+        return [(rank, number) for rank in self.remote_ranks for number in range(taken[rank], counts[rank])]
+
+    def take(self, rank: int, number: int) -> Header:
+        """A reply that `replies` has named."""
+        return REPLY_FIELDS.unpack_from(self._view, self._reply_rings[rank] + number % self._slots * self._reply_slot)
+
+    def open(self, rank: int, number: int, header: Header) -> Answer:
+        """What `take` found."""
+        _, status, fmt, nbytes, position, block, time_ns = header
+        if position:
+            body = self._shared.lend(position, nbytes, self._reply_holds[rank], block)
+        else:
+            start = self._reply_rings[rank] + number % self._slots * self._reply_slot + REPLY_HEAD
+            body = self._view[start : start + nbytes]
+        return Answer(rank, status, fmt, body, position != 0, time_ns)
+
+    def consume(self, words: list[int], replies: bool) -> None:
+        """What ``words`` say has been dealt with; if there were ``replies``, their slots may be used again."""
+        self._seen = words
+        if replies:
+            self._taken = taken = words[self._row :]
+            for rank in self.remote_ranks:
+                self._words[self._replies_read + rank] = taken[rank]
+
+    def open_gate(self, rank: int, number: int) -> None:
+        """Lets ``rank`` start gated requests up to ``number``."""
+        self._words[self._shared.word(_layout.GATE, rank)] = number + 1
+        os.eventfd_write(self.bells[rank], 1)
+
+    def current(self, rank: int) -> tuple[int, int]:
+        """Call id that ``rank`` is in (0: none) and since when, in monotonic ns."""
+        words, word = self._words, self._shared.word
+        return words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.SINCE_NS, rank)]
+
+    def stacks(self, rank: int) -> int:
+        """Stack reports that ``rank`` has written."""
+        return int(self._words[self._shared.word(_layout.STACKS, rank)])
+
+    def stay_awake(self) -> None:
+        """Nobody sleeps on the bell, so nobody need ring it; until `may_sleep`."""
+        self._words[self._sleep_word] = 0
+
+    def may_sleep(self) -> None:
+        """Somebody may sleep on the bell, who looks once more between this and sleeping."""
+        self._words[self._sleep_word] = 1
+        with self._in_order:
+            pass
+
+    def sleep(self, timeout_s: float) -> bool:
+        """Until the bell rings, or for ``timeout_s``. Whether there is, or was, something to look at."""
+        self.may_sleep()
+        if self.look() is not None:
+            return True
+        if not rings(self.bell, self._poll, timeout_s):
+            return False
+        self.quiet()
+        return True
+
+    def quiet(self) -> None:
+        """Takes back what rang so far. Look at the words after this, never before."""
+        try:
+            os.eventfd_read(self.bell)
+        except BlockingIOError:  # nothing rang, or another thread was first
+            return
+
+    def ring(self) -> None:
+        """Wakes whoever sleeps on the bell."""
+        os.eventfd_write(self.bell, 1)
+
+    def close(self) -> None:
+        self._shared.close()
+        for fd in (self.fd, self.bell, *self.bells.values()):
+            os.close(fd)

@@ -1,0 +1,186 @@
+"""A worker's end of the channel, see `exec_mp._channel`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+
+from exec_core.errors import MessageTooLargeError
+from exec_core.messages import Encoded
+from exec_mp import _layout
+from exec_mp._arena import BLOCKS, Arena
+from exec_mp._channel import EXIT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, REQUEST_FIELDS, Incoming, rings
+from exec_mp._layout import IN_ORDER, REPLY_HEAD, Geometry, Shared, fence, write_body
+from exec_mp._pace import Pace
+
+_NO_BODY = memoryview(b"")
+_COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
+_ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
+
+
+class WorkerChannel:
+    """A worker's end: reads requests, writes replies. The main thread reads; writers hold the caller's lock."""
+
+    def __init__(self, fd: int, geometry: Geometry, rank: int, bell: int, driver_bell: int) -> None:
+        self._fd, self._geometry, self._rank = fd, geometry, rank
+        self._shared = shared = Shared(fd, geometry)
+        self._view, self._words, size = shared.view, shared.words, geometry.world_size
+        self._bell, self._driver_bell = bell, driver_bell
+        self._mask_word, self._mask_bit = 1 + rank // 64, rank % 64
+        self._wants_word, self._fields = self._mask_word + geometry.mask_words, 8 * (1 + 2 * geometry.mask_words)
+        self._slots, self._requests, self._request_slot = geometry.slots, geometry.requests, geometry.request_slot
+        self._request_head, self._reply_slot = geometry.request_head, geometry.reply_slot
+        self._inline_bytes = geometry.inline_bytes
+        self._read = self._replied = 0
+        self._word = self._requests // 8  # where the next request's number appears
+        self._at = {row: shared.word(row, rank) for row in range(_layout.GATE + 1)}
+        self._current, self._since = self._at[_layout.CURRENT_CALL], self._at[_layout.SINCE_NS]
+        self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
+        self._replies_read, self._sleeps = self._at[_layout.REPLIES_READ], self._at[_layout.SLEEPS]
+        self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
+        self._in_order = threading.Lock()  # taken for the locked instruction alone
+        self._pace = Pace(geometry.spin_s)
+        self._acks = self._at[_layout.ACKS]
+        self._ring = geometry.replies(rank)
+        self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
+        reply_holds = shared.holds(geometry.reply_holds(rank), BLOCKS)
+        self._arena = Arena(shared.mapping, geometry.reply_arena(rank), geometry.arena_bytes, reply_holds, 1)
+        self._names: dict[bytes, str] = {}
+        self._poll = select.poll()
+        self._poll.register(bell, select.POLLIN)
+
+    def next(self) -> Incoming:
+        """The next request for this rank. Skips those for others."""
+        words, view = self._words, self._view
+        while True:
+            word = self._word
+            if words[word] <= self._read:
+                self._await(word, self._read + 1)
+            if not IN_ORDER:
+                fence()
+            if words[word + self._mask_word] >> self._mask_bit & 1:
+                break
+            self.done_reading()
+        slot = 8 * word
+        call_id, flags, nbytes, fmt, position, block, padded = REQUEST_FIELDS.unpack_from(view, slot + self._fields)
+        if flags & GATED:
+            self._await(self._at[_layout.GATE], self._read + 1)
+        name = self._names.get(padded)
+        if name is None:
+            name = self._names[padded] = padded.rstrip(b"\0").decode()
+        wants_value = words[word + self._wants_word] >> self._mask_bit & 1 == 1
+        if not nbytes:
+            return call_id, name, _NO_BODY, False, fmt, wants_value, flags & EXIT != 0
+        if position:
+            body = self._body(position, nbytes, block, flags)
+        else:
+            start = slot + self._request_head
+            body = view[start : start + nbytes]
+        return call_id, name, body, position != 0, fmt, wants_value, False
+
+    def _body(self, position: int, nbytes: int, block: int, flags: int) -> memoryview:
+        """The message in an arena block, in memory of this rank's own."""
+        hold = block * self._geometry.world_size + self._rank
+        if flags & ONE_READER:
+            return self._shared.lend(position, nbytes, self._holds, hold)
+        if nbytes > _COPY_BYTES:
+            return self._shared.private(self._fd, position, nbytes, self._holds, hold)
+        body = memoryview(bytearray(self._view[position : position + nbytes]))
+        self._holds[hold] = 0
+        return body
+
+    def done_reading(self) -> None:
+        """The request is copied out or held; its slot may be used again."""
+        self._read = read = self._words[self._position] = self._read + 1
+        self._word = (self._requests + read % self._slots * self._request_slot) // 8
+
+    def _await(self, word: int, value: int) -> None:
+        """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps."""
+        words, clock, give_way, pace = self._words, time.monotonic, os.sched_yield, self._pace
+        pace.begin(clock())
+        while words[word] < value:
+            now = clock()
+            if now < pace.spin_until:
+                give_way()
+            else:
+                self._sleep(word, value, pace.rest(now))
+                pace.woken(clock())
+        if pace.slept:
+            pace.came = clock()
+
+    def _sleep(self, word: int, value: int, timeout_s: float) -> None:
+        """Until the bell rings, or for ``timeout_s``."""
+        self._arena.reclaim()
+        self._words[self._sleeps] = 1
+        with self._in_order:
+            pass
+        if self._words[word] < value and rings(self._bell, self._poll, timeout_s):
+            with contextlib.suppress(BlockingIOError):  # already taken
+                os.eventfd_read(self._bell)
+        self._words[self._sleeps] = 0
+
+    def set_current(self, call_id: int) -> None:
+        """Shows the driver which call this rank is in."""
+        words = self._words
+        words[self._since] = time.monotonic_ns()
+        words[self._current] = call_id
+
+    def set_idle(self) -> None:
+        """Shows the driver that this rank is in no call."""
+        self._words[self._current] = 0
+
+    def count_stack(self) -> None:
+        """One more stack report is written."""
+        self._words[self._at[_layout.STACKS]] += 1
+
+    def publish(self, call_id: int, status: int, body: Encoded, time_ns: int) -> None:
+        """Sends one reply; waits while the ring is full.
+
+        Raises:
+            MessageTooLargeError, ExecutorError: for a body that does not fit; nothing was sent.
+        """
+        number, words, nbytes = self._replied, self._words, body.nbytes
+        while number - words[self._replies_read] >= self._slots:
+            time.sleep(_ROOM_EVERY_S)
+        position = block = 0
+        if nbytes > self._inline_bytes:
+            position, block = self._place(nbytes)
+        slot = self._ring + number % self._slots * self._reply_slot
+        REPLY_FIELDS.pack_into(self._view, slot, call_id, status, body.format, nbytes, position, block, time_ns)
+        if nbytes:
+            write_body(self._view, body.parts, position or slot + REPLY_HEAD)
+        if not IN_ORDER:
+            fence()
+        self._replied = words[self._replies] = number + 1
+        self._announce()
+
+    def acknowledge(self, call_id: int) -> None:
+        """Says that all calls up to ``call_id`` are answered: those without a reply in the ring, with nothing to say."""
+        if not IN_ORDER:
+            fence()
+        self._words[self._acks] = call_id
+        self._announce()
+
+    def _announce(self) -> None:
+        """There is an answer."""
+        with self._in_order:
+            pass
+        if self._words[self._driver_sleeps]:
+            os.eventfd_write(self._driver_bell, 1)
+        if self._words[self._word] <= self._read:  # there is nothing to do
+            os.sched_yield()  # at once: the driver may be looking for it, on this very processor
+
+    @property
+    def backlog(self) -> int:
+        """Replies that the driver has not taken."""
+        return int(self._replied - self._words[self._replies_read])
+
+    def _place(self, nbytes: int) -> tuple[int, int]:
+        if nbytes > self._arena.limit:
+            raise MessageTooLargeError("the result", nbytes, self._arena.limit, LIMITS)
+        while (place := self._arena.allocate(nbytes, (0,))) is None:
+            time.sleep(_ROOM_EVERY_S)
+        return place
