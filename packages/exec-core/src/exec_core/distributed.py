@@ -11,17 +11,15 @@ import ctypes
 import datetime
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import attrs
 
+from exec_core import stores
 from exec_core.errors import ConfigError, ExecutorError
 
-_LOOK_EVERY_S = 0.001
 _SLACK_NS = 10_000_000
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # of linux/prctl.h
 
@@ -204,32 +202,14 @@ def _init_default(world: World) -> None:
     if world.init_method is None:
         options["store"] = dist.HashStore()  # type: ignore[attr-defined] # public, not listed in its __all__
     elif world.init_method.startswith("file://"):
-        options["store"] = _file_store(world)
+        path = world.init_method.removeprefix("file://")
+        options["store"] = stores.file_store(path, world.world_size, world.timeout_s, world.given_up)
     elif world.init_method.startswith("tcp://"):
-        options["store"] = _tcp_store(world)
+        options["store"] = stores.tcp_store(world.init_method, world.rank, world.world_size, world.timeout_s)
     else:
         options["init_method"] = world.init_method
     with _excepthook_kept(), _drowsy_threads():
         dist.init_process_group(_backend(world), **options)
-
-
-def _file_store(world: World) -> Any:
-    """The store of ``file://path``, once all ranks have come to it.
-
-    torch's own rendezvous cannot be interrupted: a rank in the driver would wait for a dead one until the time-out.
-    """
-    import torch.distributed as dist
-
-    path = (world.init_method or "").removeprefix("file://")
-    store = dist.FileStore(path, world.world_size)  # type: ignore[attr-defined] # public, not listed in its __all__
-    deadline = time.monotonic() + (world.timeout_s or dist.default_pg_timeout.total_seconds())
-    here = store.add("ranks here", 1)
-    while here < world.world_size:
-        if world.given_up() or time.monotonic() > deadline:
-            raise ExecutorError(f"only {here} of {world.world_size} ranks came to join torch.distributed")
-        time.sleep(_LOOK_EVERY_S)
-        here = store.add("ranks here", 0)
-    return store
 
 
 def _forget_default() -> None:
@@ -244,18 +224,6 @@ def _forget_default() -> None:
         with _excepthook_kept():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined] # public
     dist.destroy_process_group()
-
-
-def _tcp_store(world: World) -> Any:
-    """What ``tcp://host:port`` means everywhere, but not to torch in a process of torchrun, where nobody would listen."""
-    import torch.distributed as dist
-
-    url = urlsplit(world.init_method or "")
-    timeout_s = world.timeout_s or dist.default_pg_timeout.total_seconds()
-    return dist.TCPStore(  # type: ignore[attr-defined] # public, not listed in its __all__
-        str(url.hostname), int(url.port or 0), world.world_size, is_master=world.rank == 0,
-        timeout=datetime.timedelta(seconds=timeout_s), multi_tenant=True,
-    )  # fmt: skip
 
 
 def _backend(world: World) -> str:

@@ -91,13 +91,46 @@ class Frame:
         return b"".join([head, *table, *[body for _, body in parts]])
 
 
+class _Frames:
+    """Takes frames out of bytes."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._buffer: bytes | bytearray = data
+        self._missing = 0  # of the frame that has begun to come, as far as is known
+        self.ended = False  # no more will come
+
+    def pop(self) -> Frame | None:
+        """Takes a whole frame out of what has come; what cannot be one ends the connection."""
+        buffer = self._buffer
+        if len(buffer) < _HEAD.size:
+            return None
+        kind, n_parts, turn, wait_s, limit_s, digest = _HEAD.unpack_from(buffer)
+        end = _HEAD.size + n_parts * _PART.size
+        if kind >= len(_KINDS):
+            self.ended = True
+        if len(buffer) < end or self.ended:
+            return None
+        parts = []
+        if n_parts:
+            table = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)]
+            self._missing = end + sum([nbytes for _, nbytes in table]) - len(buffer)
+            if self._missing > 0:
+                return None
+            for number, nbytes in table:
+                parts.append((number, bytes(buffer[end : end + nbytes])))
+                end += nbytes
+        self._buffer = buffer[end:] if len(buffer) > end else b""
+        return Frame(_KINDS[kind], turn, tuple(parts), digest, wait_s, limit_s)
+
+
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
-class Connection:
+class Connection(_Frames):
     """A socket that carries frames. One thread sends at a time, one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
         sock.settimeout(None)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -106,9 +139,6 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _STUCK_S)
         self.sock = sock
         _open.add(self)
-        self._buffer: bytes | bytearray = b""
-        self._missing = 0  # of the frame that has begun to come, as far as is known
-        self.ended = False  # the other side has closed, or the connection broke
 
     def send(self, frame: Frame) -> None:
         """Sends ``frame``. A broken connection shows when it is read from."""
@@ -168,28 +198,19 @@ class Connection:
             self._buffer += data
         return True
 
-    def pop(self) -> Frame | None:
-        """Takes a whole frame out of what has come; what cannot be one ends the connection."""
-        buffer = self._buffer
-        if len(buffer) < _HEAD.size:
+    def peek(self, kind: Kind) -> Frame | None:
+        """A small frame of ``kind`` that has come; whatever has come stays. From any thread."""
+        try:
+            data = b"" if self.ended else self.sock.recv(_CHUNK, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
             return None
-        kind, n_parts, turn, wait_s, limit_s, digest = _HEAD.unpack_from(buffer)
-        end = _HEAD.size + n_parts * _PART.size
-        if kind >= len(_KINDS):
-            self.ended = True
-        if len(buffer) < end or self.ended:
-            return None
-        parts = []
-        if n_parts:
-            table = [_PART.unpack_from(buffer, _HEAD.size + i * _PART.size) for i in range(n_parts)]
-            self._missing = end + sum([nbytes for _, nbytes in table]) - len(buffer)
-            if self._missing > 0:
-                return None
-            for number, nbytes in table:
-                parts.append((number, bytes(buffer[end : end + nbytes])))
-                end += nbytes
-        self._buffer = buffer[end:] if len(buffer) > end else b""
-        return Frame(_KINDS[kind], turn, tuple(parts), digest, wait_s, limit_s)
+        except OSError:
+            data = b""
+        self.ended = self.ended or not data
+        frames = _Frames(data)
+        while (frame := frames.pop()) is not None and frame.kind is not kind:
+            pass
+        return frame
 
     def close(self) -> None:
         self.ended = True

@@ -36,6 +36,10 @@ class SpmdGroup(InProcessGroup):
         """What the others did when this rank left them."""
         return self._guard.divergence
 
+    def check(self) -> None:
+        """Says so if a rank of the replica is known to be gone."""
+        self._guard.check()
+
     def run(self, call: Call) -> Any:
         return super().run(self._planned(call))
 

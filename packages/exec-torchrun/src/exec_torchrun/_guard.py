@@ -23,7 +23,7 @@ import attrs
 
 from exec_core import messages
 from exec_core.calls import Call
-from exec_core.errors import RankDivergenceError, RpcTimeoutError, WorkerDiedError, WorkerError
+from exec_core.errors import ExecutorError, RankDivergenceError, RpcTimeoutError, WorkerDiedError, WorkerError
 from exec_core.messages import Encoded, Failure, Reply, Request
 from exec_core.wrapper import WorkerWrapper, settle
 from exec_torchrun._digest import PerRank, describe_call, exact_digest, own_value, quick_digest
@@ -117,8 +117,8 @@ class GuardedWrapper(WorkerWrapper):
             return self._alone(plan)
         try:
             return Reply(self._together(self._link, plan))
-        except BaseException as error:  # interrupted: the others see the connection end
-            self._link.close()
+        except BaseException as error:
+            self._break_off(self._link, plan, error)
             return Reply.of_error(error)
 
     # One call
@@ -251,13 +251,27 @@ class GuardedWrapper(WorkerWrapper):
             answered = [rank for rank in all_ranks if rank not in ranks]
             limit = plan.timeout_s if plan.timeout_s is not None else self._barrier_s
             return Outcome(error=RpcTimeoutError(plan.name, limit, answered, ranks))
-        pid = int(verdict.parts[0][1])
-        error = WorkerDiedError(
-            ranks[0], pid or None, method=plan.name, why="its connection to the other ranks has ended"
-        )
+        error = self._died(verdict, plan.name)
         error.__cause__ = own
         self._give_up(error, own)
         return Outcome(error=error)
+
+    def _died(self, verdict: Frame, method: str | None = None) -> WorkerDiedError:
+        index, pid = verdict.parts[0]
+        why = "its connection to the other ranks has ended"
+        return WorkerDiedError(self._first + index, int(pid) or None, method=method, why=why)
+
+    def check(self) -> None:
+        """Says so if a rank is known to be gone, also between calls. It looks only, from any thread."""
+        link = self._link
+        if link is not None and (verdict := link.death()) is not None:
+            self._failed(self._died(verdict))
+
+    def _break_off(self, link: Link, plan: Plan, own: BaseException) -> None:
+        """Ctrl-C, say: this rank is out of step with the others from now on, who see its connections end."""
+        link.close()
+        why = f"rank {self.rank} (pid {os.getpid()}) has left the others in {plan.name!r}: {type(own).__name__}"
+        self._give_up(ExecutorError(f"{why}; call restart() on every rank, or shutdown()"), own)
 
     def _give_up(self, error: BaseException, own: BaseException | None) -> None:
         """Leaves the process groups: that closes their connections, which frees ranks that wait in a gloo collective."""

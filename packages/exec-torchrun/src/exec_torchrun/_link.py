@@ -57,6 +57,9 @@ class Link(Protocol):
     def leave(self, turn: int, deadline: float) -> Frame | None:
         """Says that this rank shuts down. The verdict, or None when the others did not come by ``deadline``. Then `close`."""
 
+    def death(self) -> Frame | None:
+        """DIED, if that is known already. Looks only, from any thread."""
+
     def close(self) -> None:
         """Ends the connections. Twice is fine."""
 
@@ -100,6 +103,10 @@ class Member:
             if frame.turn == turn:
                 self._connection.send(_text(self._index, turn, describe))
         return None
+
+    def death(self) -> Frame | None:
+        frame = self._connection.peek(Kind.DIED)
+        return self._hub_gone if frame is None and self._connection.ended else frame
 
     def close(self) -> None:
         self._connection.close()
@@ -159,6 +166,8 @@ class Hub:
 
     def _meet(self, word: Frame, deadline: float, describe: Describe) -> Frame | None:
         with self._serving:
+            if self._closed:
+                return Frame(Kind.DIED, 0, ((0, str(os.getpid()).encode()),))
             self._exchanged = True
             self._arm(on=False)
             began = time.monotonic()
@@ -188,6 +197,9 @@ class Hub:
                 self._deliver([(index, verdict) for index in sleepers])
                 self._serve(0.0)  # what they have said on their connections is old now
         return verdict
+
+    def death(self) -> Frame | None:
+        return self._rounds.death
 
     def _arm(self, *, on: bool) -> None:
         """Whether the thread is to wake for every frame; it is told when it has been waiting for nothing else."""

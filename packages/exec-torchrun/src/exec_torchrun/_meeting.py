@@ -35,6 +35,7 @@ from exec_torchrun._page import HAS_PAGE, Page
 SCHEME = "exec-torchrun"
 _HELLO_S = 10.0  # for a connected process to say HELLO
 _RETRY_S = 0.005
+_HOSTED_S = 3.0  # how much later than others rank 0 may start, for them to be able to warn it
 _WARNING_S = 0.2  # how often rank 0 looks for one
 
 Problem = tuple[int, str] | bytes | None  # a rank and what about it, or an error of its own, pickled
@@ -167,13 +168,13 @@ def _offer(store: Any) -> None:
 
 
 def warn_others(name: str, error: bytes) -> None:
-    """Tells the ranks that wait for this one why it cannot come, where torchrun keeps the store and not one of the ranks.
+    """Tells the ranks that wait for this one why it cannot come, if the store is there: torchrun's, or that of rank 0.
 
     Args:
         name: of the meeting that it misses.
         error: pickled with `exec_core.messages.encode_error`.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not _is_hosted():
         return
     with contextlib.suppress(Exception):  # its own error is told in any case
         from torch.distributed.rendezvous import rendezvous
@@ -181,6 +182,20 @@ def warn_others(name: str, error: bytes) -> None:
         # Any rank but 0: this one may not know its own, and the launcher's store is the same for all.
         store, _, _ = next(rendezvous("env://?rank=1&world_size=2", timeout=datetime.timedelta(seconds=_HELLO_S)))
         store.set(_wrong(f"{SCHEME}/{name}"), error)
+
+
+def _is_hosted() -> bool:
+    """Whether rank 0 hosts the store. Not for long: where all ranks are wrong, nobody does."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (host and port.isdecimal()) or os.environ.get("RANK", "").strip() == "0":
+        return False
+    until = time.monotonic() + _HOSTED_S
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError, OverflowError):
+            socket.create_connection((host, int(port)), timeout=_HOSTED_S).close()
+            return True
+        time.sleep(_RETRY_S)
+    return False
 
 
 def _wrong(key: str) -> str:

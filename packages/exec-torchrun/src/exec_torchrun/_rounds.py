@@ -54,6 +54,12 @@ class Rounds:
         """When `expire` will have something to say."""
         return min(self._over, self._apart)
 
+    @property
+    def death(self) -> Frame | None:
+        """The verdict on everything, once a rank is gone."""
+        final = self._final
+        return final if final is not None and final.kind is Kind.DIED else None
+
     def is_open(self, turn: int) -> bool:
         """Whether this turn goes on, and nothing has gone wrong in it so far."""
         return turn == self.turn and self._texts is None and self._final is None and not self._of(Kind.ERROR)

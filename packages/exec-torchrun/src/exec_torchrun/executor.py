@@ -162,6 +162,12 @@ class ExecutorWithExternalLauncher(Executor):
         )
         return min(int(gpu) for gpu, _ in answers), min(int(cpu) for _, cpu in answers)
 
+    def check_health(self) -> None:
+        """Raises as that of `Executor` does, also when another rank of the replica has gone since the last call."""
+        if isinstance(self._group, SpmdGroup):
+            self._group.check()
+        super().check_health()
+
     def shutdown(self) -> None:
         """Closes, whatever the state, together with the other ranks or without them after ``shutdown_timeout_s``.
 
