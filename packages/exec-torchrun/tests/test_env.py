@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from typing import Any
+
 import pytest
 
 from exec_core import ConfigError, ParallelConfig
@@ -71,3 +74,16 @@ def test_a_local_rank_above_the_rank_is_a_contradiction() -> None:
     """Rank 0 is the first rank of its machine, whatever the launcher says."""
     with pytest.raises(ConfigError, match="LOCAL_RANK must be an integer from 0 to 0"):
         read_env(WORLD, {**GOOD, "RANK": "0"})
+
+
+def test_other_launchers_ranks_hear_of_a_missing_variable(torchrun: Any) -> None:
+    """Where rank 0 hosts the store, a variable that another rank lacks is both ranks' error, and soon."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    job = torchrun(2, "other_launcher.py", str(port))
+
+    for start in job.of_all("start"):
+        assert "ConfigError" == start["type"]
+        assert "environment variable LOCAL_RANK must be set by a launcher" in start["text"]
+        assert start["seconds"] < 10.0
