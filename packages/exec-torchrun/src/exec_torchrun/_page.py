@@ -24,16 +24,15 @@ import struct
 import threading
 import time
 
-from exec_torchrun._frames import Frame, Kind
+from exec_torchrun._frames import Frame, Kind, Part
 
 SPIN_S = 500e-6  # how long ranks wait by yielding
 HAS_PAGE = platform.machine() in ("x86_64", "AMD64")
 _VALUE_BYTES = 1 << 16  # of each rank; what is larger travels by connection
 _AGREED, _GIVEN_UP = 0, 8  # words, each on a cache line of its own
 _ARRAYS = 128
-_HOW = {Kind.BEGIN: 0, Kind.END: 1}
+_BEGIN, _END = 0, 1
 _OTHER = 2  # said on the connection
-_VERDICTS = {Kind.BEGIN: Kind.GO, Kind.END: Kind.DONE}
 
 _fence = threading.Lock()
 
@@ -57,6 +56,8 @@ class Page:
         self._memory = mmap.mmap(fd, self._values + size * _VALUE_BYTES)
         self._words = memoryview(self._memory).cast("Q")
         self._unpack = struct.Struct(f"<{size}Q").unpack
+        self._mine = self._said // 8 + index
+        self._length = 0  # of this rank's value, as the page has it
         self._no_values = bytes(8 * size)
 
     @staticmethod
@@ -74,6 +75,7 @@ class Page:
         if not self._is_plain(code):
             return None
         words, turn = self._words, word.turn + 1
+        os.sched_yield()  # before all else: whoever shares the core may be the one that is waited for
         until = time.monotonic() + min(SPIN_S, word.limit_s)
         while words[_AGREED] != code:
             if words[_GIVEN_UP] == turn or time.monotonic() >= until:
@@ -93,27 +95,29 @@ class Page:
 
     def _say(self, word: Frame) -> int:
         """Puts ``word`` into the page, as far as it fits."""
-        memory, words, index = self._memory, self._words, self._index
-        how = _HOW.get(word.kind, _OTHER)
-        if word.kind is Kind.END and not self._put_value(word):
-            how = _OTHER
-        at = self._digests + 16 * index
-        memory[at : at + 16] = word.digest
+        how = _OTHER
+        if word.kind is Kind.BEGIN:
+            how = _BEGIN
+            at = self._digests + 16 * self._index
+            self._memory[at : at + 16] = word.digest
+        elif word.kind is Kind.END and self._put_value(word.parts):
+            how = _END
         code = 4 * (word.turn + 1) + how
-        words[self._said // 8 + index] = code
+        self._words[self._mine] = code
         return code
 
-    def _put_value(self, word: Frame) -> bool:
+    def _put_value(self, parts: tuple[Part, ...]) -> bool:
         """Puts this rank's value, which others may want, into its place; False if it is too large."""
         length = 0
-        if word.parts:
-            value = word.parts[0][1]
+        if parts:
+            value = parts[0][1]
             length = len(value) + 1
             if length > _VALUE_BYTES:
                 return False
             at = self._values + self._index * _VALUE_BYTES
             self._memory[at : at + len(value)] = value
-        self._words[self._lengths // 8 + self._index] = length
+        if length != self._length:
+            self._length = self._words[self._lengths // 8 + self._index] = length
         return True
 
     @staticmethod
@@ -121,6 +125,8 @@ class Page:
         return code & 3 != _OTHER
 
     def _verdict(self, word: Frame) -> Frame:
+        if word.kind is Kind.BEGIN:
+            return Frame(Kind.GO, word.turn)
         parts = []
         lengths = self._memory[self._lengths : self._lengths + 8 * self._size]
         if lengths != self._no_values:
@@ -128,29 +134,34 @@ class Page:
                 if length:
                     at = self._values + index * _VALUE_BYTES
                     parts.append((index, self._memory[at : at + length - 1]))
-        return Frame(_VERDICTS[word.kind], word.turn, tuple(parts))
+        return Frame(Kind.DONE, word.turn, tuple(parts))
 
     # What the hub does
 
     def decide(self, word: Frame) -> Frame | None:
         """Says ``word`` and waits for all others to say the same; the verdict, or None with the page given up."""
         code = self._say(word)
-        if self._is_plain(code) and self._all_say(code, word.digest, min(SPIN_S, word.limit_s)):
-            verdict = self._verdict(word)
-            self._words[_AGREED] = code
-            return verdict
+        if self._is_plain(code) and self._all_say(code, word, min(SPIN_S, word.limit_s)):
+            self._words[_AGREED] = (
+                code  # first: the others wait for it, and their values stay until the next call's end
+            )
+            return self._verdict(word)
         self.give_up(word.turn)
         return None
 
-    def _all_say(self, code: int, digest: bytes, limit_s: float) -> bool:
+    def _all_say(self, code: int, word: Frame, limit_s: float) -> bool:
         memory, start, end = self._memory, self._said, self._said + 8 * self._size
         expected = struct.pack("<Q", code) * self._size
-        until = time.monotonic() + limit_s
-        while (said := memory[start:end]) != expected:
-            if max(self._unpack(said)) > code or time.monotonic() >= until:
-                return False
+        if memory[start:end] != expected:
             os.sched_yield()
-        return memory[self._digests : self._digests + 16 * self._size] == digest * self._size
+            until = time.monotonic() + limit_s
+            while (said := memory[start:end]) != expected:
+                if max(self._unpack(said)) > code or time.monotonic() >= until:
+                    return False
+                os.sched_yield()
+        if word.kind is not Kind.BEGIN:
+            return True
+        return memory[self._digests : self._digests + 16 * self._size] == word.digest * self._size
 
     def give_up(self, turn: int) -> None:
         """Ranks that wait for this turn are to use their connections."""
