@@ -118,6 +118,18 @@ def test_what_comes_early_ends_a_nap() -> None:
     assert waiter.was_awake
 
 
+def test_wait_that_is_given_up_teaches_nothing() -> None:
+    """Who stops waiting, at a deadline say, knows no more than before."""
+    waiter = Waiter().waits(*[0.01] * 30)
+    for _ in range(5):
+        waiter.pace.begin(waiter.now)
+        waiter.pace.rest(waiter.now)
+        waiter.now += 0.5
+    waiter.waits(0.01)
+
+    assert waiter.was_awake
+
+
 def test_without_yielding_there_are_no_naps() -> None:
     """A waiter that must not yield only sleeps."""
     pace = Pace(0.0)

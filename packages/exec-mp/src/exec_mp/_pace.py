@@ -42,7 +42,7 @@ class Pace:
 
     def begin(self, now: float) -> None:
         """A wait begins."""
-        if self.slept:
+        if self.slept and self.came > self._began:  # else it was given up
             self._learn(self.came - self._began)
         self._began, self.spin_until, self.slept = now, now + self._patience_s, False
 
