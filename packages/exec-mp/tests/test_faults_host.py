@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,6 +163,32 @@ def test_ctrl_c_in_a_terminal() -> None:
     assert (1, 1) == (text.count("Traceback (most recent call last)"), text.count("KeyboardInterrupt")), text
     assert "worker" not in text.replace("_worker", "").lower().split("traceback")[0], text
     assert process.returncode in (-signal.SIGINT, 130)
+
+
+def test_workers_may_write_to_the_drivers_terminal() -> None:
+    """What workers print reaches a terminal that stops other background processes which write to it (``stty tostop``)."""
+    script = SCRIPT.replace('level="warning"', 'level="warning", worker_output="inherit"').replace(
+        "return self", "print('by a worker', flush=True); return self"
+    )
+    ours, theirs = pty.openpty()
+    settings = termios.tcgetattr(theirs)
+    settings[3] |= termios.TOSTOP
+    termios.tcsetattr(theirs, termios.TCSANOW, settings)
+    with subprocess.Popen(
+        ["setsid", "--ctty", "--wait", sys.executable, "-c", script], stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            with contextlib.suppress(OSError):  # how a terminal says that its last user has left
+                while select.select([ours], [], [], 30.0)[0] and (data := os.read(ours, 4096)):
+                    shown += data
+        finally:
+            os.close(ours)
+            process.kill()
+
+    assert 2 == shown.count(b"by a worker")
+    assert ANSWER.strip().encode() in shown
 
 
 def test_interrupted_call_leaves_a_usable_executor(launch: Launch) -> None:

@@ -99,6 +99,7 @@ def boot(fd: int) -> int:
         file.seek(0)
         record: Boot = pickle.load(file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # its terminal is there to be written to
     os.environ.clear()
     os.environ.update(record.environ)
     sys.path[:] = record.sys_path

@@ -284,6 +284,7 @@ def main(main_fd: int, driver_pidfd: int) -> NoReturn:
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the driver's terminal is there to be written to
         signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # in a worker too, until it can answer
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
         importlib.import_module("exec_mp._worker_main")  # what every worker needs
