@@ -86,4 +86,4 @@ def test_other_launchers_ranks_hear_of_a_missing_variable(torchrun: Any) -> None
     for start in job.of_all("start"):
         assert "ConfigError" == start["type"]
         assert "environment variable LOCAL_RANK must be set by a launcher" in start["text"]
-        assert start["seconds"] < 10.0
+        assert start["seconds"] < 20.0

@@ -35,7 +35,7 @@ from exec_torchrun._page import HAS_PAGE, Page
 SCHEME = "exec-torchrun"
 _HELLO_S = 10.0  # for a connected process to say HELLO
 _RETRY_S = 0.005
-_HOSTED_S = 3.0  # how much later than others rank 0 may start, for them to be able to warn it
+_HOSTED_S = 10.0  # how much later than others rank 0 may start, for them to be able to warn it
 _WARNING_S = 0.2  # how often rank 0 looks for one
 
 Problem = tuple[int, str] | bytes | None  # a rank and what about it, or an error of its own, pickled
