@@ -10,7 +10,7 @@ import pytest
 from exec_core import ExecutorError
 from exec_core.stores import tcp_store
 
-LIMIT_S = 0.5
+LIMIT_S = 1.0
 
 
 def refused(url: str) -> tuple[str, float]:
@@ -28,8 +28,8 @@ def test_nobody_listens() -> None:
         port = taken.getsockname()[1]
         text, seconds = refused(f"tcp://127.0.0.1:{port}")
 
-    assert f"nobody listens at 127.0.0.1:{port} after 0.5 s" in text
-    assert seconds < LIMIT_S + 0.4
+    assert f"nobody listens at 127.0.0.1:{port} after 1 s" in text
+    assert seconds < 2 * LIMIT_S
 
 
 def test_a_host_that_nobody_knows() -> None:
@@ -45,5 +45,5 @@ def test_a_stranger_who_says_nothing() -> None:
         port = stranger.getsockname()[1]
         text, seconds = refused(f"tcp://127.0.0.1:{port}")
 
-    assert f"what listens at 127.0.0.1:{port} has not answered as a store within 0.5 s" in text
-    assert seconds < LIMIT_S + 0.4
+    assert f"what listens at 127.0.0.1:{port} has not answered as a store within 1 s" in text
+    assert seconds < 2 * LIMIT_S

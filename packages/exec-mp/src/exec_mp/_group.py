@@ -1,6 +1,7 @@
 """One generation of workers: their processes, their channel, the calls in flight.
 
-    run/submit -> encode -> Calls.open -> DriverChannel.publish ==> workers ==> Receiver -> Calls.value -> caller
+    run/submit -> encode -> Calls.open -> DriverChannel.publish ==> workers
+    caller <- Calls.acknowledge, value or error <- Receiver <- DriverChannel.look <==
 
 With ``driver_worker="inline"`` rank 0 is an `InlineWorker` here, and takes its place in the order of sending under the same
 lock as the publishing to the other ranks.

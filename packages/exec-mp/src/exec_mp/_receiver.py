@@ -8,6 +8,10 @@
 ``_lock`` (the group's) guards the calls, ``_leader``, ``_followers``, ``_armed`` and ``_wake_at``. Only the leader
 touches the reply rings. Futures are finished, and callbacks run, with neither the lock nor the lead held.
 
+The lead is taken under the lock, but a caller gives it up by one store without it, and then looks who is left. Who found
+it taken has entered himself before (a follower among the followers, a future among the calls) or looks once more after: so
+one of the two sees the other.
+
 Ctrl-C may end the main thread's work between any two calls that it makes. So it leads only while its own call is the
 only one, which is then over anyway; replies to others' calls, and what they lead to, are the background thread's then.
 """

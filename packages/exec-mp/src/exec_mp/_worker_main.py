@@ -1,6 +1,7 @@
 """A worker process: takes requests from its channel, runs them on the main thread, replies.
 
-    WorkerChannel.next -> decode -> WorkerWrapper.execute -> Replier.send -> WorkerChannel.publish
+    WorkerChannel.next -> decode -> WorkerWrapper.execute -> Replier.send -> WorkerChannel.publish       a value, an error
+                                                          -> Replier.done -> WorkerChannel.acknowledge   nothing to say
 
 A second thread, started for the first method that returns an async output, finishes those.
 """

@@ -142,9 +142,7 @@ class Page:
         """Says ``word`` and waits for all others to say the same; the verdict, or None with the page given up."""
         code = self._say(word)
         if self._is_plain(code) and self._all_say(code, word, min(SPIN_S, word.limit_s)):
-            self._words[_AGREED] = (
-                code  # first: the others wait for it, and their values stay until the next call's end
-            )
+            self._words[_AGREED] = code  # first: the others wait for it; their values stay until the next call's end
             return self._verdict(word)
         self.give_up(word.turn)
         return None
