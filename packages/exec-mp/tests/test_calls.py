@@ -41,6 +41,43 @@ def test_values_in_rank_order() -> None:
     assert 0 == len(calls.in_flight)
 
 
+def test_only_call_is_closed_at_once() -> None:
+    """A call that all ranks have acknowledged is closed without asking who owes what, if no other is in flight."""
+    calls = Calls(4, 2)
+    first = opened(calls)
+    second = opened(calls)
+    assert not calls.close_only(first)
+    assert [first] == calls.acknowledge([first.id, first.id])
+    assert calls.close_only(second)
+    assert not calls.close_only(second)
+
+    assert [None, None] == second.outcome()
+    assert {} == calls.in_flight
+    third = opened(calls)
+    assert [0, 1] == calls.owing(third)
+    assert [] == calls.owing(second)
+
+
+def test_only_call_that_has_failed_keeps_its_error() -> None:
+    """An error that was held back is the call's outcome, though the rest has acknowledged."""
+    calls = Calls(4, 2)
+    entry = opened(calls)
+    calls.error(entry.id, failure(0), now=0.0)
+    assert calls.close_only(entry)
+
+    with pytest.raises(ValueError, match="wrong"):
+        entry.outcome()
+
+
+def test_given_up_call_is_not_closed_as_the_only_one() -> None:
+    """Its answers are late ones, which somebody is told of."""
+    calls = Calls(4, 2)
+    entry = opened(calls)
+    calls.abandon(entry, KeyboardInterrupt())
+
+    assert not calls.close_only(entry)
+
+
 def test_values_of_reply_ranks_only() -> None:
     """Every rank acknowledges, the values of some are returned, through the aggregate where there is one."""
     calls = Calls(4, 4)

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import select
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from exec_core import messages
 from exec_core.errors import MessageTooLargeError
 from exec_mp._channel import NOTHING
-from exec_mp._driver_channel import DriverChannel
+from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._layout import Geometry
 from exec_mp._worker_channel import WorkerChannel
 
@@ -58,13 +60,14 @@ class Ends:
         number = next(number for of, number in self.driver.replies(words) if of == rank)
         answer = self.driver.open(rank, number, self.driver.take(rank, number))
         value = messages.decode(answer.body, answer.format, owned=answer.owned)
-        self.driver.consume(self.up_to(rank, number + 1), replies=True)
+        self.driver.consume(self.up_to(rank, number + 1))
         return value
 
-    def up_to(self, rank: int, number: int) -> list[int]:
+    def up_to(self, rank: int, number: int) -> Words:
         """The words as they were when so many replies of ``rank`` had come, and of the others those that were taken."""
-        row = self.driver.geometry.row
-        return [*self.driver._seen[: row + rank], number, *self.driver._seen[row + rank + 1 :]]
+        half = len(self.driver._seen) // 2
+        acks, taken = self.driver._seen[:half], self.driver._seen[half:]
+        return acks, taken[: 8 * rank] + struct.pack("<Q", number) + taken[8 * rank + 8 :]
 
     def rung(self) -> bool:
         """Whether the driver's bell has rung."""
@@ -284,8 +287,8 @@ def test_acknowledgements_of_all_ranks_are_seen_at_once(ends: Ends) -> None:
 
     words = ends.driver.look()
     assert words is not None
-    assert ([8, 9], []) == (ends.driver.acks(words), ends.driver.replies(words))
-    ends.driver.consume(words, replies=False)
+    assert ((8, 9), []) == (ends.driver.acks(words), ends.driver.replies(words))
+    ends.driver.consume(words)
     assert ends.driver.look() is None
 
 
@@ -296,7 +299,7 @@ def test_acknowledgement_does_not_overtake_a_reply(ends: Ends) -> None:
 
     words = ends.driver.look()
     assert words is not None
-    assert ([9, 0], [(0, 0)]) == (ends.driver.acks(words), ends.driver.replies(words))
+    assert ((9, 0), [(0, 0)]) == (ends.driver.acks(words), ends.driver.replies(words))
 
 
 def test_acknowledgement_wakes_a_sleeper(ends: Ends) -> None:
@@ -310,15 +313,36 @@ def test_acknowledgement_wakes_a_sleeper(ends: Ends) -> None:
     assert ends.rung()
 
 
-def test_current_call_is_shown(ends: Ends) -> None:
-    """The driver sees which call a rank is in, and since when."""
+def test_acknowledgements_of_one_call_are_known_beforehand(ends: Ends) -> None:
+    """What all ranks' acknowledgements look like together, which a reply of any rank changes."""
+    complete = ends.driver.acked_by_all(8)
+    ends.workers[1].acknowledge(8)
+    assert complete != ends.driver.look()
+    ends.workers[0].acknowledge(8)
+    assert complete == ends.driver.look()
+    assert not ends.driver.has_replies(complete)
+    ends.answer(0, "value", call_id=9)
+
+    words = ends.driver.look()
+    assert words is not None
+    assert complete != words
+    assert ends.driver.has_replies(words)
+
+
+@pytest.mark.parametrize("acknowledges", [True, False])
+def test_current_call_is_shown(ends: Ends, acknowledges: bool) -> None:
+    """The driver sees which call a rank is in, and since when; until it is acknowledged, or the rank is idle."""
     assert 0 == ends.driver.current(1)[0]
-    ends.workers[1].set_current(9)
+    ends.send(b"", call_id=9)
+    ends.workers[1].next()
     call_id, since_ns = ends.driver.current(1)
-    ends.workers[1].set_idle()
+    if acknowledges:
+        ends.workers[1].acknowledge(9)
+    else:
+        ends.workers[1].set_idle()
 
     assert 9 == call_id
-    assert since_ns > 0
+    assert 0 <= time.monotonic_ns() - since_ns < 60e9
     assert 0 == ends.driver.current(1)[0]
 
 

@@ -26,12 +26,13 @@ from exec_core.config import ExecutorConfig
 from exec_core.errors import ExecutorClosedError, WorkerDiedError
 from exec_core.group import WorkerGroup, WorkerInfo
 from exec_core.lifecycle import Lifecycle, State
-from exec_core.messages import Request, method_name
+from exec_core.messages import NO_KWARGS, Request, method_name
 from exec_core.startup import Phases, died
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int, int, str], None]
 
+_READY = State.READY  # an enum's members take long to look up
 _numbers = itertools.count()
 _live: weakref.WeakSet[BaseExecutor] = weakref.WeakSet()
 
@@ -345,22 +346,19 @@ class BaseExecutor(abc.ABC):
         max_concurrent_workers: int | None = None,
         aggregate: Callable[[list[Any]], Any] | None = None,
     ) -> Call:
-        if self._lifecycle.state is not State.READY:
+        if self._lifecycle.state is not _READY:
             self._lifecycle.check_open(method_name(method))
         if not (isinstance(method, str) or callable(method)):
             raise TypeError(f"method must be a name or a callable, not {type(method).__name__}")
         runs = self._all_ranks if ranks is None else chosen_ranks("ranks", ranks, self._all_ranks)
         replies = runs if reply_ranks is None else chosen_ranks("reply_ranks", reply_ranks, runs)
         self._check_ranks(method, runs)
-        request = Request(method, tuple(args), dict(kwargs) if kwargs else {}, bool(replies))
+        if max_concurrent_workers is not None and max_concurrent_workers < 1:
+            raise ValueError(f"max_concurrent_workers must be >= 1, got {max_concurrent_workers}")
+        request = Request(method, tuple(args), dict(kwargs) if kwargs else NO_KWARGS, bool(replies))
         timeout_s = self._timeout_s if timeout is None else checked_timeout(timeout)
-        call = Call(request, runs, replies, timeout_s, math.inf if timeout_s is None else time.monotonic() + timeout_s)
-        if max_concurrent_workers is not None:
-            if max_concurrent_workers < 1:
-                raise ValueError(f"max_concurrent_workers must be >= 1, got {max_concurrent_workers}")
-            call.max_concurrent = max_concurrent_workers
-        call.aggregate = aggregate
-        return call
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        return Call(request, runs, replies, timeout_s, deadline, max_concurrent_workers, aggregate)
 
     async def collective_rpc_async(
         self,

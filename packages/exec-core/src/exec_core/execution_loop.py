@@ -32,17 +32,13 @@ class ExecutionLoop:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
+        self.running = False  # written under _lock
         self._lock = threading.Lock()
-        self._running = False
         self._inside: dict[int, Future[Any]] = {}  # each looping rank's call
         self._steps: set[Future[Any]] = set()  # in flight; whoever removes one finishes it
         self._error: BaseException | None = None  # the first of a rank that has left its loop
         self._raised = False  # a step has raised it
         self._stop: Future[Any] | None = None  # of the step that ends the loop, once it is asked for
-
-    @property
-    def running(self) -> bool:
-        return self._running
 
     def refuse(self, method: str, ranks: Sequence[int]) -> None:
         """Raises `ExecutorBusyError` when one of ``ranks`` is in the loop: the call would wait for the loop's end."""
@@ -58,9 +54,9 @@ class ExecutionLoop:
         executor.check_open("start_worker_execution_loop")
         ended.set_running_or_notify_cancel()
         with self._lock:
-            if self._running:
+            if self.running:
                 raise self._busy("start_worker_execution_loop", "the loop runs already")
-            self._running, self._error, self._raised, self._stop = True, None, False, None
+            self.running, self._error, self._raised, self._stop = True, None, False, None
         size = executor.config.parallel.tensor_parallel_size
         others = [rank for rank in range(executor.world_size) if rank % size]
         left: list[Future[Any]] = []
@@ -69,7 +65,7 @@ class ExecutionLoop:
                 self._enter(rank).add_done_callback(functools.partial(self._count_out, left, len(others), ended))
         except BaseException:
             if not self._inside:  # else some are in it, and stopping gets them out
-                self._running = False
+                self.running = False
             raise
         if not others:
             ended.set_result([])
@@ -107,8 +103,8 @@ class ExecutionLoop:
         executor, step = self._executor, Future[Any]()
         step.set_running_or_notify_cancel()
         with self._lock:
-            error = self._error if self._running and request is not None else None
-            running = self._running and self._stop is None
+            error = self._error if self.running and request is not None else None
+            running = self.running and self._stop is None
             if running and error is None:
                 self._steps.add(step)
                 self._stop = step if request is None else None
@@ -140,7 +136,7 @@ class ExecutionLoop:
             self._finish(step, error, None if error is not None else driven.result())
             return
         with self._lock:
-            self._running = False
+            self.running = False
         if error is not None:
             self._finish(step, error)
         else:
@@ -164,7 +160,7 @@ class ExecutionLoop:
     def _left_all(self) -> None:
         """Finishes the step that ends the loop, when its drivers have run it and all ranks have left."""
         stop = self._stop
-        if stop is not None and not self._running and all(inside.done() for inside in self._inside.values()):
+        if stop is not None and not self.running and all(inside.done() for inside in self._inside.values()):
             self._inside.clear()
             self._finish(stop, None if self._raised else self._error)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -90,7 +90,7 @@ class Calls:
         self.closed_by: BaseException | None = None  # nothing is opened any more
         self.in_flight: dict[int, Entry] = {}  # by id, oldest first
         self.gated: list[Entry] = []  # those of them that start rank by rank, oldest first
-        self._acks = [0] * world_size  # by rank: it has answered its calls up to this id
+        self._acks: Sequence[int] = (0,) * world_size  # by rank: it has answered its calls up to this id
         self._next = 1
 
     @property
@@ -138,7 +138,7 @@ class Calls:
         """The oldest call that ``rank`` still owes and whose caller has given up on it."""
         return next((e.call for e in self.in_flight.values() if e.finished and rank in self.owing(e)), None)
 
-    def acknowledge(self, acks: list[int]) -> list[Entry]:
+    def acknowledge(self, acks: Sequence[int]) -> list[Entry]:
         """Each rank has answered its calls up to the id in ``acks``. The entries that nobody owes any more.
 
         Values and errors of those calls have been told here before.
@@ -156,6 +156,18 @@ class Calls:
         for entry in closed:
             self._close(entry)
         return closed
+
+    def close_only(self, entry: Entry) -> bool:
+        """All ranks have answered ``entry`` with nothing. False, and nothing is done, unless it is the only call in flight."""
+        if entry.finished or len(self.in_flight) != 1:
+            return False
+        self._acks = (entry.id,) * len(self._acks)
+        if self.gated or entry.failures:
+            self._close(entry)
+        else:
+            del self.in_flight[entry.id]
+            entry.finished = True
+        return True
 
     def value(self, rank: int, call_id: int, value: Any) -> list[Entry]:
         """``rank`` has run the call and has a value. Its entry, if nobody owes it any more."""

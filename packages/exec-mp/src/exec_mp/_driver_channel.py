@@ -15,6 +15,9 @@ from exec_mp._arena import BLOCKS, Arena
 from exec_mp._channel import EXIT, GATED, LIMITS, NOTHING, ONE_READER, REPLY_FIELDS, Answer, Header, rings
 from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
 
+Words = tuple[bytes, bytes]
+"""What the ranks have answered: their ``ACKS`` and their ``REPLIES``, which were looked at in this order."""
+
 _MASKS = 256  # remembered; a program chooses among few sets of ranks
 
 
@@ -38,24 +41,31 @@ class DriverChannel:
         self._reply_holds = [shared.holds(geometry.reply_holds(rank), BLOCKS) for rank in range(size)]
         self._reply_rings = [geometry.replies(rank) for rank in range(size)]
         self._reply_slot, self._replies_read = geometry.reply_slot, shared.word(_layout.REPLIES_READ, 0)
-        self._slots, self._crowd = geometry.slots, geometry.slots // 2
+        self._slots = geometry.slots
         self._requests, self._request_slot = geometry.requests, geometry.request_slot
         self._request_head, self._inline_bytes = geometry.request_head, geometry.inline_bytes
         self._request = struct.Struct(f"<{16 * geometry.mask_words}s{REQUEST}")
-        self._sleeps = slice(shared.word(_layout.SLEEPS, 0), shared.word(_layout.SLEEPS, size))
+        sleeps = 8 * shared.word(_layout.SLEEPS, 0)
+        self._sleeps = shared.view[sleeps : sleeps + 8 * geometry.row]
+        self._all_awake = bytes(len(self._sleeps))
         self._sleep_word = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._words[self._sleep_word] = 1
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._sent = 0  # requests published; by the publishing thread
-        self._read = 0  # of them, known to be read by all; likewise
-        self._chosen: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # whom `_mask` was made for
+        self._slot = geometry.requests  # position of the next one; likewise
+        self._crowded_at = geometry.slots // 2  # requests, from when on it matters who has read how many; likewise
+        self._ranks: tuple[int, ...] = ()  # whom `_mask` was made for
+        self._reply_ranks: tuple[int, ...] = ()  # likewise
         self._mask = b""
         self._masks: dict[tuple[tuple[int, ...], tuple[int, ...]], bytes] = {}
-        self._row = geometry.row
-        self._answers = slice(shared.word(_layout.ACKS, 0), shared.word(_layout.REPLIES, self._row))
-        self._replies = slice(shared.word(_layout.REPLIES, 0), shared.word(_layout.REPLIES, self._row))
-        self._seen = [0] * (2 * self._row)  # what `look` found that has been dealt with; by the taking thread
-        self._taken = [0] * self._row  # of them, the replies in rings
+        acks, replies = 8 * shared.word(_layout.ACKS, 0), 8 * shared.word(_layout.REPLIES, 0)
+        self._answers = shared.view[acks : replies + 8 * geometry.row]
+        self._replies = shared.view[replies : replies + 8 * geometry.row]
+        self._seen = bytes(len(self._answers))  # what `look` found that has been dealt with; by the taking thread
+        self._size, self._ack_bytes, self._by_rank = size, len(self._replies), struct.Struct(f"<{size}Q")
+        self._taken = bytes(len(self._replies))  # of what was seen, the replies in rings
+        self._counts = (0,) * size  # the same, by rank
+        self._pack_id, self._padding = struct.Struct("<Q").pack, bytes(8 * (geometry.row - size))
         self._poll = select.poll()
         self._poll.register(self.bell, select.POLLIN)
 
@@ -69,8 +79,8 @@ class DriverChannel:
         flags: int = 0,
     ) -> int | None:
         """Sends one request to ``ranks`` and returns its number, or None while there is no room."""
-        number, view, nbytes = self._sent, self._view, body.nbytes
-        crowded = number - self._read >= self._crowd  # then those who skip it must read past it soon, too
+        number, slot, nbytes = self._sent, self._slot, body.nbytes
+        crowded = number >= self._crowded_at  # then those who skip it must read past it soon, too
         if crowded and number - self._count_read() >= self._slots:
             return None
         position = block = 0
@@ -79,20 +89,23 @@ class DriverChannel:
             if place is None:
                 return None
             position, block = place
-        if ranks is not self._chosen[0] or reply_ranks is not self._chosen[1]:
-            self._mask, self._chosen = self._masked(ranks, reply_ranks), (ranks, reply_ranks)
+        if ranks is not self._ranks or reply_ranks is not self._reply_ranks:
+            self._mask = self._masked(ranks, reply_ranks)
+            self._ranks, self._reply_ranks = ranks, reply_ranks
         if len(ranks) == 1:
             flags |= ONE_READER
-        slot = self._requests + number % self._slots * self._request_slot
+        view = self._view
         self._request.pack_into(view, slot + 8, self._mask, call_id, flags, nbytes, body.format, position, block, name)
         if nbytes:
             write_body(view, body.parts, position or slot + self._request_head)
         if not IN_ORDER:
             fence()
-        self._sent = self._words[slot // 8] = number + 1
+        self._sent = self._words[slot // 8] = number + 1  # Ctrl-C comes after calls only, so not before the next line
+        self._slot = self._requests + (number + 1) % self._slots * self._request_slot
         with self._in_order:
             pass
-        self._wake(self.remote_ranks if crowded else ranks)
+        if (sleeps := self._sleeps.tobytes()) != self._all_awake:
+            self._wake(sleeps, self.remote_ranks if crowded else ranks)
         return number
 
     def _allocate(self, name: bytes, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
@@ -101,13 +114,12 @@ class DriverChannel:
             raise MessageTooLargeError(repr(name.decode() or "the call"), nbytes, self._arena.limit, LIMITS)
         return self._arena.allocate(nbytes, ranks)
 
-    def _wake(self, ranks: tuple[int, ...]) -> None:
+    def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
         """Rings the bells of those of ``ranks`` that sleep."""
-        sleeping = self._words[self._sleeps].tolist()
-        if 1 in sleeping:
-            for rank in ranks:
-                if sleeping[rank]:
-                    os.eventfd_write(self.bells[rank], 1)
+        sleeping = self._by_rank.unpack_from(sleeps)
+        for rank in ranks:
+            if sleeping[rank]:
+                os.eventfd_write(self.bells[rank], 1)
 
     def publish_exit(self) -> None:
         """Tells all ranks to leave their loops."""
@@ -134,28 +146,37 @@ class DriverChannel:
     def _count_read(self) -> int:
         """Requests that all ranks have read."""
         first = self._shared.word(_layout.REQUESTS_READ, 0)
-        self._read = min(self._words[first + rank] for rank in self.remote_ranks)
-        return self._read
+        read: int = min(self._words[first + rank] for rank in self.remote_ranks)
+        self._crowded_at = read + self._slots // 2
+        return read
 
-    def look(self) -> list[int] | None:
+    def look(self) -> Words | None:
         """The words that say what the ranks have answered, or None while that is what was `consume`-d last."""
-        words: list[int] = self._words[self._answers].tolist()
-        if words == self._seen:
+        seen = self._answers.tobytes()
+        if seen == self._seen:
             return None
         if not IN_ORDER:
             fence()
-            words[self._row :] = self._words[self._replies].tolist()
-        return words
+        # Once more: a reply is there before the acknowledgement that counts on it, but bytes are copied in any order.
+        return seen[: self._ack_bytes], self._replies.tobytes()
 
-    def acks(self, words: list[int]) -> list[int]:
+    def acks(self, words: Words) -> tuple[int, ...]:
         """By rank: the id of the call up to which it has answered."""
-        return words[: self.geometry.world_size]
+        return self._by_rank.unpack_from(words[0])
 
-    def replies(self, words: list[int]) -> list[tuple[int, int]]:
+    def acked_by_all(self, call_id: int) -> Words:
+        """What `look` will find when every rank has acknowledged its calls up to this one, and nothing else has come."""
+        return self._pack_id(call_id) * self._size + self._padding, self._taken
+
+    def has_replies(self, words: Words) -> bool:
+        """Whether there are any that have not been consumed."""
+        return words[1] != self._taken
+
+    def replies(self, words: Words) -> list[tuple[int, int]]:
         """Rank and number of each reply in a ring that has not been consumed."""
-        counts, taken = words[self._row :], self._taken
-        if counts == taken:
+        if words[1] == self._taken:
             return []
+        counts, taken = self._by_rank.unpack_from(words[1]), self._counts
         return [(rank, number) for rank in self.remote_ranks for number in range(taken[rank], counts[rank])]
 
     def take(self, rank: int, number: int) -> Header:
@@ -172,13 +193,14 @@ class DriverChannel:
             body = self._view[start : start + nbytes]
         return Answer(rank, status, fmt, body, position != 0, time_ns)
 
-    def consume(self, words: list[int], replies: bool) -> None:
-        """What ``words`` say has been dealt with; if there were ``replies``, their slots may be used again."""
-        self._seen = words
-        if replies:
-            self._taken = taken = words[self._row :]
+    def consume(self, words: Words) -> None:
+        """What ``words`` say has been dealt with; the slots of the replies among it may be used again."""
+        acks, replies = words
+        self._seen = acks + replies
+        if replies != self._taken:
+            self._taken, self._counts = replies, self._by_rank.unpack_from(replies)
             for rank in self.remote_ranks:
-                self._words[self._replies_read + rank] = taken[rank]
+                self._words[self._replies_read + rank] = self._counts[rank]
 
     def open_gate(self, rank: int, number: int) -> None:
         """Lets ``rank`` start gated requests up to ``number``."""
@@ -188,7 +210,8 @@ class DriverChannel:
     def current(self, rank: int) -> tuple[int, int]:
         """Call id that ``rank`` is in (0: none) and since when, in monotonic ns."""
         words, word = self._words, self._shared.word
-        return words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.SINCE_NS, rank)]
+        call_id, since_ns = words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.SINCE_NS, rank)]
+        return (0 if call_id <= words[word(_layout.ACKS, rank)] else call_id), since_ns
 
     def stacks(self, rank: int) -> int:
         """Stack reports that ``rank`` has written."""
@@ -226,6 +249,8 @@ class DriverChannel:
         os.eventfd_write(self.bell, 1)
 
     def close(self) -> None:
+        for view in (self._sleeps, self._answers, self._replies):
+            view.release()
         self._shared.close()
         for fd in (self.fd, self.bell, *self.bells.values()):
             os.close(fd)

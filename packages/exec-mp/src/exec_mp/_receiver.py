@@ -5,11 +5,11 @@
     (background)   one thread sleeps on the workers' ends and, only while calls are pending and nobody leads, on the bell;
                    it finishes futures that nobody waits on, and owns their deadlines
 
-``_lock`` (the group's) guards the calls, ``_leader``, ``_followers``, ``_armed`` and ``_wake_at``. Only the leader
-touches the reply rings. Futures are finished, and callbacks run, with neither the lock nor the lead held.
+``_lock`` (the group's) guards the calls, ``_followers``, ``_armed`` and ``_wake_at``. Only the leader touches the reply
+rings. Futures are finished, and callbacks run, with neither the lock nor the lead held.
 
-The lead is taken under the lock, but a caller gives it up by one store without it, and then looks who is left. Who found
-it taken has entered himself before (a follower among the followers, a future among the calls) or looks once more after: so
+The lead is taken and given up without the lock, by one step each that nothing comes between; who gives it up then looks who
+is left. Who found it taken enters himself (a follower among the followers, a future among the calls) and looks once more: so
 one of the two sees the other.
 
 Ctrl-C may end the main thread's work between any two calls that it makes. So it leads only while its own call is the
@@ -26,12 +26,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from threading import get_ident
 
 from exec_core import messages
 from exec_core.messages import Failure, Status
 from exec_mp._answers import decoded
 from exec_mp._calls import Calls, Entry
-from exec_mp._driver_channel import DriverChannel
+from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._pace import Pace
 from exec_mp._poller import Handler, Poller
 from exec_mp._wakeup import Wakeup
@@ -76,7 +77,9 @@ class Receiver:
         self._finish, self._settle, self._progress, self._late = finish, settle, progress, late
         self._broken = broken
         self._pace = Pace(channel.geometry.spin_s)  # of whoever leads
-        self._leader: object | None = None
+        whole = len(channel.remote_ranks) == channel.geometry.world_size
+        self._remote = len(channel.remote_ranks) if whole else -1  # ranks of a call that all ranks can acknowledge
+        self._leader: dict[None, object] = {}  # who leads: taken by one `setdefault`, given up by one `pop`
         self._followers: deque[Entry] = deque()
         self._todo: deque[Callable[[], object]] = deque()  # led to by replies; appended by the leader, popped by anyone
         self._armed: bool | None = False  # the background thread listens to the bell
@@ -95,9 +98,9 @@ class Receiver:
 
     def wait(self, entry: Entry) -> None:
         """Returns when ``entry`` is finished."""
-        if threading.get_ident() == self._ident:  # a callback that calls: this thread must go on watching
+        if get_ident() == self._ident:  # a callback that calls: this thread must go on watching
             with self._lock:
-                if self._leader is None:
+                if not self._leader:
                     self._arm(on=True)
             while not entry.finished:
                 self.turn(entry.due)
@@ -113,34 +116,23 @@ class Receiver:
                 self._calls.abandon(entry, error)
             self._unfollow(entry)  # Ctrl-C may have come in the middle of either
             self._step_down(entry)
+            self._step_down(None)  # the lead may have been given up, and nobody have been looked for
             self.look_again()
             raise
-        finally:
-            if self._followers or self._calls.in_flight:
-                self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
+        if entry.waiter is not None:
+            self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
 
     def _wait_once(self, entry: Entry) -> bool:
         """Whether ``entry`` is finished, after a wait in which something may have happened."""
+        leader = self._leader
         try:
-            with self._lock:
-                if entry.finished:
-                    return True
-                leads = self._leader is None and self._may_lead()
-                if leads:
-                    self._leader = entry
-                else:
-                    if entry.waiter is None:
-                        entry.waiter = Wakeup()
-                    self._followers.append(entry)
-                    if self._leader is None:
-                        self._arm(on=True)
-            if leads:
+            if self._may_lead() and leader.setdefault(None, entry) is entry:
                 self._lead(entry)
             else:
-                entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
+                self._follow(entry)
         finally:  # also when Ctrl-C comes between any two lines
-            if self._leader is entry:
-                self._leader = None  # first: who has not seen this, is seen now
+            if leader.get(None) is entry:
+                leader.pop(None)  # first: who has not seen this, is seen now
                 if self._followers or self._calls.in_flight:
                     self._step_down(None)
             else:
@@ -149,23 +141,49 @@ class Receiver:
             self.act()
         return entry.finished
 
+    def _follow(self, entry: Entry) -> None:
+        """Waits while another leads, until ``entry`` is finished or due, or its caller is to lead."""
+        with self._lock:
+            if entry.finished:
+                return
+            if entry.waiter is None:
+                entry.waiter = Wakeup()
+            self._followers.append(entry)
+            if not self._leader:
+                if self._may_lead():
+                    return
+                self._arm(on=True)
+        entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
+
     def _lead(self, entry: Entry) -> None:
         """Until ``entry`` is finished or due, or something is to be done without the lead."""
-        channel, todo, pace, alone = self._channel, self._todo, self._pace, threading.get_ident() == _MAIN
-        look, clock, give_way = channel.look, time.monotonic, os.sched_yield
+        if entry.finished:  # then the channel may be gone
+            return
+        channel, calls, todo, pace, alone = self._channel, self._calls, self._todo, self._pace, get_ident() == _MAIN
+        look, clock, give_way, in_flight = channel.look, time.monotonic, os.sched_yield, calls.in_flight
         channel.stay_awake()
+        complete = channel.acked_by_all(entry.id) if len(entry.call.ranks) == self._remote else None
         pace.begin(clock())
         while not entry.finished and not todo:
-            if words := look():
+            if (words := look()) is not None:
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
-                if alone and len(self._calls.in_flight) > 1:
+                others = len(in_flight) > 1
+                if words == complete and not others:
+                    with self._lock:
+                        closed = calls.close_only(entry)
+                    if closed:
+                        channel.consume(words)
+                        break
+                if alone and others:
                     return
-                self._process(words)
-                if pace.slept:
-                    pace.spin_until = clock() + pace.spin_s  # the other ranks will not be long
-                continue
             now = clock()
-            if now < pace.spin_until:
+            # What some ranks have acknowledged changes nothing yet if all will acknowledge, and nobody else has a call.
+            if words and (others or complete is None or now >= pace.spin_until or channel.has_replies(words)):
+                self._process(words)
+                complete = None
+                if pace.slept:
+                    pace.spin_until = now + pace.spin_s  # the other ranks will not be long
+            elif now < pace.spin_until:
                 give_way()
             elif now >= entry.due:
                 return
@@ -177,7 +195,7 @@ class Receiver:
             pace.came = clock()
 
     def _may_lead(self) -> bool:
-        return threading.get_ident() != _MAIN or len(self._calls.in_flight) <= 1
+        return get_ident() != _MAIN or len(self._calls.in_flight) <= 1
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:
@@ -189,9 +207,10 @@ class Receiver:
     def _step_down(self, leader: object | None) -> None:
         """Gives up the lead (if ``leader`` has it) and hands it on: to a waiting caller, else to the background thread."""
         with self._lock:
-            if self._leader is not leader:
+            if self._leader.get(None) is not leader:
                 return
-            self._leader = None
+            if leader is not None:  # else another may have taken it since
+                self._leader.pop(None)
             for follower in self._followers:
                 if not follower.finished:
                     follower.waiter.set()
@@ -211,11 +230,11 @@ class Receiver:
             with self._lock:
                 if self._stopped:  # the channel may be gone; the next try to send says why
                     return True
-                if self._leader is None and self._may_lead():
-                    self._leader = leader
-                elif self._leader is None:
+                if self._may_lead():
+                    self._leader.setdefault(None, leader)
+                elif not self._leader:
                     self._arm(on=True)
-            if self._leader is not leader:
+            if self._leader.get(None) is not leader:
                 time.sleep(0.0005)  # the leader lets them in; a ring's room is not announced
             else:
                 self._channel.sleep(0.001)
@@ -228,7 +247,7 @@ class Receiver:
 
     def act(self) -> None:
         """Without the lead: does what replies have led to."""
-        if self._todo and threading.get_ident() == _MAIN and not self._stopped:
+        if self._todo and get_ident() == _MAIN and not self._stopped:
             self.look_again()
         else:
             self._run_todo()
@@ -243,7 +262,7 @@ class Receiver:
 
     # Replies
 
-    def _process(self, words: list[int]) -> None:
+    def _process(self, words: Words) -> None:
         """Takes what the ranks have answered, as `DriverChannel.look` has found it. The leader's alone."""
         channel, calls = self._channel, self._calls
         taken: Sequence[Taken] = ()
@@ -260,7 +279,7 @@ class Receiver:
             elif entry.future is not None or entry.waiter is not None:
                 self.deliver(entry)
         # After recording: interrupted in between, a reply is read again and recognised.
-        channel.consume(words, bool(replies))
+        channel.consume(words)
 
     def _take(self, rank: int, number: int) -> Taken | None:
         """A reply from a ring; None for one that is no answer."""
@@ -305,7 +324,7 @@ class Receiver:
     def future_added(self, entry: Entry) -> None:
         """A call was sent that nobody waits on yet."""
         with self._lock:
-            if self._leader is None and not self._followers:
+            if not self._leader and not self._followers:
                 self._arm(on=True)
             sooner = entry.due < self._wake_at
         if sooner:
@@ -330,7 +349,7 @@ class Receiver:
                 self._channel.ring()
 
     def _serve(self) -> None:
-        self._ident = threading.get_ident()
+        self._ident = get_ident()
         while not self._stopped:
             try:
                 self.turn(math.inf)
@@ -344,13 +363,13 @@ class Receiver:
 
     def is_current_thread(self) -> bool:
         """Whether this is the background thread itself, in a callback: then it must `turn` instead of waiting."""
-        return threading.get_ident() == self._ident
+        return get_ident() == self._ident
 
     def turn(self, until: float) -> None:
         """One round of the background thread: waits for something to happen until ``until`` at most, and deals with it."""
         with self._lock:
             self._wake_at = min(self._calls.due(), until)
-            if self._leader is None and not self._followers:  # whoever had it may have been interrupted
+            if not self._leader and not self._followers:  # whoever had it may have been interrupted
                 self._arm(bool(self._calls.in_flight))
         self._poller.turn(self._wake_at)
         self.act()
@@ -362,11 +381,10 @@ class Receiver:
 
     def _drain_in_background(self) -> bool:
         with self._lock:
-            if self._stopped or self._leader is not None:
+            if self._stopped or self._leader.setdefault(None, self) is not self:
                 self._poller.listen(on=False)  # whether or not it is known to listen: Ctrl-C
                 self._armed = False
                 return True
-            self._leader = self
         try:
             self._channel.quiet()
             while words := self._channel.look():
@@ -383,6 +401,6 @@ class Receiver:
                 self._poller.wake()
         if not self.is_current_thread():  # else a callback closes the executor: the loop ends when it returns
             self._thread.join()
-        while self._leader is not None:
+        while self._leader:
             time.sleep(0.0005)  # its call is finished, so it leaves at its next look
         self.act()

@@ -53,7 +53,7 @@ class WorkerChannel:
         self._poll.register(bell, select.POLLIN)
 
     def next(self) -> Incoming:
-        """The next request for this rank. Skips those for others."""
+        """The next request for this rank, which it is shown to be in from now on. Skips those for others."""
         words, view = self._words, self._view
         while True:
             word = self._word
@@ -71,6 +71,8 @@ class WorkerChannel:
         name = self._names.get(padded)
         if name is None:
             name = self._names[padded] = padded.rstrip(b"\0").decode()
+        words[self._since] = time.monotonic_ns()
+        words[self._current] = call_id
         wants_value = words[word + self._wants_word] >> self._mask_bit & 1 == 1
         if not nbytes:
             return call_id, name, _NO_BODY, False, fmt, wants_value, flags & EXIT != 0
@@ -122,14 +124,8 @@ class WorkerChannel:
                 os.eventfd_read(self._bell)
         self._words[self._sleeps] = 0
 
-    def set_current(self, call_id: int) -> None:
-        """Shows the driver which call this rank is in."""
-        words = self._words
-        words[self._since] = time.monotonic_ns()
-        words[self._current] = call_id
-
     def set_idle(self) -> None:
-        """Shows the driver that this rank is in no call."""
+        """Shows the driver that this rank is in no call. An acknowledgement of the call says so as well."""
         self._words[self._current] = 0
 
     def count_stack(self) -> None:
@@ -166,12 +162,14 @@ class WorkerChannel:
 
     def _announce(self) -> None:
         """There is an answer."""
-        with self._in_order:
-            pass
-        if self._words[self._driver_sleeps]:
-            os.eventfd_write(self._driver_bell, 1)
-        if self._words[self._word] <= self._read:  # there is nothing to do
+        words = self._words
+        if words[self._word] <= self._read and not words[self._driver_sleeps]:  # there is nothing to do
             os.sched_yield()  # at once: the driver may be looking for it, on this very processor
+        else:
+            with self._in_order:
+                pass
+        if words[self._driver_sleeps]:  # after a locked instruction: the kernel has some of its own
+            os.eventfd_write(self._driver_bell, 1)
 
     @property
     def backlog(self) -> int:

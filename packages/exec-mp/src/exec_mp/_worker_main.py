@@ -50,6 +50,7 @@ class Replier:
             self._channel.acknowledge(call_id)
         else:  # an acknowledgement would be one for the calls before it as well
             self._publish(call_id, Status.VALUE, NOTHING, 0)
+            self._channel.set_idle()
 
     def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
         status, body, error = Status.VALUE, NOTHING, reply.error
@@ -62,7 +63,7 @@ class Replier:
             status, body = Status.ERROR, _encode_error(error)
         self._publish(call_id, status, body, reply.time_ns)
 
-    def _publish(self, call_id: int, status: Status, body: Encoded, time_ns: int) -> None:
+    def _publish(self, call_id: int, status: int, body: Encoded, time_ns: int) -> None:
         with self._lock:
             try:
                 self._channel.publish(call_id, status, body, time_ns)
@@ -138,7 +139,6 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
         call_id, name, body, owned, fmt, wants_value, exits = channel.next()
         if exits:
             break
-        channel.set_current(call_id)
         if fmt == Format.NONE:
             request, reply = bare.get(name), _DONE
             if request is None:
@@ -155,11 +155,12 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
         value = reply.value
         if reply is _DONE or (not wants_value and reply.error is None):
             replier.done(call_id)
-        elif value is None or as_async_output(value) is None:
-            replier.send(call_id, name, reply, wants_value)
         else:
-            outputs.put(call_id, name, value)
-        channel.set_idle()  # after the reply, which is waited for
+            if value is None or as_async_output(value) is None:
+                replier.send(call_id, name, reply, wants_value)
+            else:
+                outputs.put(call_id, name, value)
+            channel.set_idle()  # after the reply, which is waited for
         del reply, value
     outputs.close()
 
