@@ -77,10 +77,10 @@ def test_what_the_ranks_have_agreed_on_counts() -> None:
     """Turns that went by elsewhere: the next one is open, and ranks are inside a call from its begin to its end."""
     hub = Hub()
     assert hub.is_open(0)
-    hub.agree(Frame(Kind.BEGIN, 0, ((0, b"first"),)))
+    hub.agree("first")
     hub.begin(0, 1, limit_s=30.0)
     assert [] == hub.after(20.0)
-    hub.agree(Frame(Kind.END, 1))
+    hub.agree(None)
     assert (False, True) == (hub.is_open(1), hub.is_open(2))
     hub.begin(0, 1)
     assert Kind.DESCRIBE is verdict(hub.after(4.0))[0]

@@ -29,7 +29,8 @@ from exec_core import messages
 from exec_core.errors import WorkerStartupError
 from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind, wait_readable
-from exec_torchrun._link import Hub, Link, Member
+from exec_torchrun._hub import Hub
+from exec_torchrun._link import Link, Member
 from exec_torchrun._page import HAS_PAGE, Page
 
 SCHEME = "exec-torchrun"

@@ -64,12 +64,12 @@ class Rounds:
         """Whether this turn goes on, and nothing has gone wrong in it so far."""
         return turn == self.turn and self._texts is None and self._final is None and not self._of(Kind.ERROR)
 
-    def agree(self, word: Frame) -> None:
-        """All ranks have said ``word``, and know it: the verdict of this turn is GO or DONE."""
-        if word.kind is Kind.BEGIN:
-            self._last_call = [word.parts[0][1]] * self._size
+    def agree(self, call: str | None) -> None:
+        """All ranks have said the same, and know it: the verdict of this turn is GO for ``call``, or DONE without one."""
+        if call is not None:
+            self._last_call = [call.encode()] * self._size
         self._inside.clear()
-        self._next_turn(word.kind is Kind.BEGIN)
+        self._next_turn(call is not None)
 
     def arrive(self, rank: int, frame: Frame, now: float) -> Outgoing:
         """``frame`` has come from ``rank``."""

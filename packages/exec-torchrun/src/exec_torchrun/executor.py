@@ -21,8 +21,9 @@ from exec_core.errors import ConfigError, ExecutorError
 from exec_core.executor import Executor
 from exec_torchrun._env import LauncherEnv, read_env
 from exec_torchrun._group import SpmdGroup, SpmdLoop
-from exec_torchrun._guard import GuardedWrapper, Plan, diverged
+from exec_torchrun._guard import GuardedWrapper
 from exec_torchrun._meeting import Meeting, Report, meet, warn_others
+from exec_torchrun._plan import Plan, diverged
 
 _numbers = itertools.count()  # of this process's executors: all ranks make theirs in the same order
 _exiting = False
