@@ -80,7 +80,7 @@ def begin(turn: int, digest: bytes = b"same", wait_s: float = 5.0) -> Frame:
 def meets(link: Link, word: Frame, describe: Describe = no_call) -> Frame:
     """What a rank is told that says ``word``: by the page, if that is enough."""
     digest, value = (word.digest, None) if word.kind is Kind.BEGIN else (None, word.parts[0][1] if word.parts else None)
-    if not link.agree(word.turn, time.monotonic() + word.limit_s, digest, value, "call"):
+    if not link.agree(word.turn, time.monotonic() + word.limit_s, digest, value, (1, "call") if digest else None):
         return link.exchange(word, describe)
     return Frame(Kind.GO) if digest is not None else Frame(Kind.DONE, parts=link.values())
 

@@ -42,15 +42,14 @@ class SpmdGroup(InProcessGroup):
         self._guard.check()
 
     def run(self, call: Call) -> Any:
-        return super().run(self._planned(call))
+        if type(call.request) is not Plan:
+            call.request = Plan.of(call, self._gathers)
+        return super().run(call)
 
     def submit(self, call: Call, wait: bool) -> Future[Any]:
-        return super().submit(self._planned(call), wait)
-
-    def _planned(self, call: Call) -> Call:
-        if not isinstance(call.request, Plan):
+        if type(call.request) is not Plan:
             call.request = Plan.of(call, self._gathers)
-        return call
+        return super().submit(call, wait)
 
     def _outcome(self, call: Call, reply: Reply) -> Any:
         if not isinstance(reply, Outcome):

@@ -26,6 +26,7 @@ from exec_torchrun._digest import PerRank, QuickDigest, describe_call, exact_dig
 from exec_torchrun._frames import Frame, Kind, Part
 from exec_torchrun._link import Link
 from exec_torchrun._plan import Outcome, Plan, diverged, pack, unpack_error, unpack_value
+from exec_torchrun._rounds import named
 
 _NOT_COMPARED = bytes(16)
 
@@ -91,12 +92,12 @@ class GuardedWrapper(WorkerWrapper):
         else:
             reply = self._local(plan) if self._index in plan.ranks else DONE
         if reply is DONE and not plan.gather:
-            if link.agree(self._turn, plan.deadline, None, None, ""):
+            if link.agree(self._turn, plan.deadline, None, None, None):
                 self._turn += 1
                 return Outcome(values=[None] if self._index in plan.reply_ranks else [])
             return self._end_by_frame(link, plan, None, None, None)
         value, error, body = self._settled(plan, reply)
-        if error is None and link.agree(self._turn, plan.deadline, None, body, ""):
+        if error is None and link.agree(self._turn, plan.deadline, None, body, None):
             self._turn += 1
             return Outcome(values=self._values(plan, value, link.values() if plan.gather else ()))
         return self._end_by_frame(link, plan, value, error, body)
@@ -115,14 +116,15 @@ class GuardedWrapper(WorkerWrapper):
     def _begin(self, link: Link, plan: Plan) -> Frame | None:
         """None when all ranks begin the call, else why they do not."""
         number = self._calls = self._calls + 1
-        digest, call = _NOT_COMPARED, f"call {number}: {plan.name}"
+        digest, method = _NOT_COMPARED, plan.method
+        name = method if isinstance(method, str) else plan.name
         compared = self._apart_s is not None and self.context is not None  # the start has all the time of the start
         if compared:
-            digest = self._digest(plan.method, plan.args, plan.kwargs, plan.options)
-        if link.agree(self._turn, plan.deadline, digest, None, call):
+            digest = self._digest(method, plan.args, plan.kwargs, plan.options)
+        if link.agree(self._turn, plan.deadline, digest, None, (number, name)):
             self._turn += 1
             return None
-        word = self._word(plan, Kind.BEGIN, ((self._index, call.encode()),))
+        word = self._word(plan, Kind.BEGIN, ((self._index, named(number, name)),))
         word.digest = digest
         if compared and self._apart_s is not None:
             word.wait_s = self._apart_s

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 
 from exec_torchrun._frames import SPIN_S, Connection, Frame, Kind, Part
-from exec_torchrun._link import Describe, in_words, no_call
+from exec_torchrun._link import Call, Describe, in_words, no_call
 from exec_torchrun._page import Page
 from exec_torchrun._rounds import Outgoing, Rounds
 
@@ -64,7 +64,7 @@ class Hub:
     def has_page(self) -> bool:
         return self._page is not None
 
-    def agree(self, turn: int, deadline: float, digest: bytes | None, value: bytes | None, call: str) -> bool:
+    def agree(self, turn: int, deadline: float, digest: bytes | None, value: bytes | None, call: Call | None) -> bool:
         page = self._page
         if page is None:
             return False
@@ -77,9 +77,9 @@ class Hub:
                 return False
             if not page.lead(turn, deadline, digest, value):
                 return False
-            self._rounds.agree(None if digest is None else call)
+            self._rounds.agree(call)
             if sleepers := page.sleepers():
-                verdict = Frame(Kind.DONE, turn, page.values()) if digest is None else Frame(Kind.GO, turn)
+                verdict = Frame(Kind.DONE, turn, page.values()) if call is None else Frame(Kind.GO, turn)
                 self._deliver([(index, verdict) for index in sleepers])
                 self._serve(0.0)  # what they have said on their connections is old now
         return True

@@ -22,6 +22,7 @@ from exec_torchrun._rounds import DESCRIBE_S
 _SILENCE_S = 10.0  # how much later than due a verdict may come before the hub's machine counts as gone
 
 Describe = Callable[[], tuple[str, bytes]]
+Call = tuple[int, str]  # its number and its name
 
 
 def no_call() -> tuple[str, bytes]:
@@ -38,7 +39,7 @@ def in_words(index: int, turn: int, describe: Describe) -> Frame:
 class Link(Protocol):
     """One rank's end."""
 
-    def agree(self, turn: int, deadline: float, digest: bytes | None, value: bytes | None, call: str) -> bool:
+    def agree(self, turn: int, deadline: float, digest: bytes | None, value: bytes | None, call: Call | None) -> bool:
         """Whether all ranks are seen to begin the same call in ``turn``, or without a digest, to end it.
 
         That is then the verdict; otherwise the rank goes on with `exchange`, unless it has an error to tell: then it comes to
@@ -47,7 +48,7 @@ class Link(Protocol):
         Args:
             deadline: of the call (monotonic).
             value: what others get of this rank at the end.
-            call: which one begins, in words.
+            call: which one begins.
         """
 
     def values(self) -> tuple[Part, ...]:
@@ -83,7 +84,7 @@ class Member:
     def has_page(self) -> bool:
         return self._page is not None
 
-    def agree(self, turn: int, deadline: float, digest: bytes | None, value: bytes | None, call: str) -> bool:  # noqa: ARG002 # the hub's
+    def agree(self, turn: int, deadline: float, digest: bytes | None, value: bytes | None, call: Call | None) -> bool:  # noqa: ARG002 # the hub's
         page = self._page
         if page is None or not page.follow(turn, deadline, digest, value):
             return False

@@ -152,7 +152,8 @@ class ExecutorWithExternalLauncher(Executor):
         call = self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate)
         if gather:
             call.request = Plan.of(call, gather=True)
-        return self._submit(call, wait=True) if non_block else self._run(call)
+        group = self._group or self._open_group(call)
+        return group.submit(call, wait=True) if non_block else group.run(call)
 
     def determine_num_available_blocks(self) -> tuple[int, int]:
         """KV blocks that fit on every rank of the replica: ``(num_gpu_blocks, num_cpu_blocks)``, the same on all of them."""
