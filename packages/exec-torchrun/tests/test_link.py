@@ -23,8 +23,9 @@ from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind
 from exec_torchrun._hub import Hub
 from exec_torchrun._link import Describe, Link, Member, no_call
-from exec_torchrun._meeting import Address, Meeting, Report, meet
+from exec_torchrun._meeting import Meeting, Report, meet
 from exec_torchrun._page import HAS_PAGE, SPIN_S, Page
+from exec_torchrun._sockets import Address
 
 Run = Callable[..., Future[Any]]
 
