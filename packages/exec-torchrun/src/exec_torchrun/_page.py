@@ -8,10 +8,11 @@ page up for this turn, and the ranks use their connections, see `exec_torchrun._
 one way for all. A rank overwrites what it has said only after the verdict that needed it, and its value only after one more.
 
 Waiting is by yielding. Waking four ranks that share two cores, twice a call, takes ten times as long; a rank that yields takes
-next to nothing from one that computes.
+next to nothing from one that computes. Not so from one in a collective, whose threads sleep and wake many times: where ranks
+share cores, those that have waited for a while nap, or a gloo all_reduce of the others would take 1 to 2 ms longer.
 
 This code assumes that stores become visible in their order, as on x86-64; elsewhere there is no page. A rank that stops
-yielding says so (`asleep`) and looks at `agreed` once more, with a fence between; the hub does both the other way round. So
+looking says so (`asleep`) and looks at `agreed` once more, with a fence between; the hub does both the other way round. So
 either the rank sees the verdict, or the hub sees that it has to be sent.
 """
 
@@ -24,9 +25,11 @@ import struct
 import threading
 import time
 
-from exec_torchrun._frames import Part
+from exec_torchrun._frames import HAS_CORES, Part
 
-SPIN_S = 500e-6  # how long ranks wait by yielding
+_YIELDING_S = 500e-6 if HAS_CORES else 100e-6  # how long ranks wait by yielding
+_NAP_S = 20e-6  # with the kernel's timer slack 75 us
+SPIN_S = 500e-6 if HAS_CORES else 1500e-6  # how long they wait here at all
 HAS_PAGE = platform.machine() in ("x86_64", "AMD64")
 _VALUE_BYTES = 1 << 16  # of each rank; what is larger travels by connection
 _AGREED, _GIVEN_UP = 0, 8  # words, each on a cache line of its own
@@ -34,6 +37,14 @@ _ARRAYS = 128
 _BEGIN, _END, _OTHER = 1, 2, 3  # of a turn's four codes; what is said by connection is OTHER
 
 _fence = threading.Lock()
+
+
+def _pause(waited_s: float) -> None:
+    """Lets others run, for a moment."""
+    if waited_s < _YIELDING_S:
+        os.sched_yield()
+    else:
+        time.sleep(_NAP_S)
 
 
 class Page:
@@ -92,16 +103,17 @@ class Page:
         return words[_AGREED] == code or self._wait(turn, code, deadline)
 
     def _wait(self, turn: int, code: int, deadline: float) -> bool:
-        words, given_up, until = self._words, 4 * turn + _OTHER, min(time.monotonic() + SPIN_S, deadline)
+        words, given_up, began = self._words, 4 * turn + _OTHER, time.monotonic()
+        until = min(began + SPIN_S, deadline)
         if self._was_asleep:
             self._was_asleep, words[self._asleep] = False, 0
         while words[_AGREED] != code:
-            if words[_GIVEN_UP] == given_up or time.monotonic() >= until:
+            if words[_GIVEN_UP] == given_up or (now := time.monotonic()) >= until:
                 self._was_asleep, words[self._asleep] = True, code
                 with _fence:
                     pass
                 return words[_AGREED] == code
-            os.sched_yield()
+            _pause(now - began)
         return True
 
     @property
@@ -157,11 +169,12 @@ class Page:
         if memory[all_said] == expected:
             return True
         os.sched_yield()
-        until = min(time.monotonic() + SPIN_S, deadline)
+        began = time.monotonic()
+        until = min(began + SPIN_S, deadline)
         while (said := memory[all_said]) != expected:
-            if max(self._unpack(said)) > code or time.monotonic() >= until:
+            if max(self._unpack(said)) > code or (now := time.monotonic()) >= until:
                 return False
-            os.sched_yield()
+            _pause(now - began)
         return True
 
     def give_up(self, turn: int) -> None:
