@@ -44,7 +44,7 @@ def test_ctrl_c_at_the_launcher_ends_the_job(torchrun: Any, max_restarts: int) -
 
     assert [0, 0] == job.of_all("attempt")
     assert ["closed"] * 2 == job.of_all("closed")
-    assert all(closing["seconds"] < 4.0 for closing in job.of_all("closing"))
+    assert all(closing["seconds"] < 10.0 for closing in job.of_all("closing"))  # torchrun would kill them after 30
     assert [] == [pid for pid in job.of_all("pid") if os.path.exists(f"/proc/{pid}")]
 
 
