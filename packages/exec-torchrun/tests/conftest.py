@@ -87,13 +87,15 @@ def run_job(
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """``torchrun(nproc, program, *args, options=(), **how)`` runs a program of `programs/` on this machine.
 
-    ``options`` are torchrun's; ``how`` is for `run_job`. The job must succeed.
+    ``options`` are torchrun's; ``how`` is for `run_job`. The job must succeed, or fail where ``succeeds`` is false.
     """
 
-    def launch(nproc: int, program: str, *args: str, options: Sequence[str] = (), **how: Any) -> Job:
+    def launch(
+        nproc: int, program: str, *args: str, options: Sequence[str] = (), succeeds: bool = True, **how: Any
+    ) -> Job:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), *options]
         job = run_job(tmp_path_factory.mktemp("records"), [*launcher, os.fspath(PROGRAMS / program), *args], **how)
-        assert job.returncode == 0, job.output
+        assert succeeds is (job.returncode == 0), job.output
         return job
 
     return launch

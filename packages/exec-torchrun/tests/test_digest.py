@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from exec_torchrun import PerRank
-from exec_torchrun._digest import describe_call, exact_digest, quick_digest
+from exec_torchrun._digest import QuickDigest, describe_call, exact_digest
+
+quick_digest = QuickDigest()
 
 
 class Pair(NamedTuple):
@@ -155,9 +157,9 @@ def test_what_cannot_be_taken_apart_counts_by_its_type() -> None:
 def test_another_process_has_the_same_digest() -> None:
     """Also with another seed for hashes, by which sets of strings get another order."""
     program = (
-        "from exec_torchrun._digest import exact_digest, quick_digest\n"
+        "from exec_torchrun._digest import QuickDigest, exact_digest\n"
         "print(exact_digest('step', ({'a', 'b', 'c'}, {'k': [1.5]}), {'x': frozenset('xyz')}, (1,)).hex())\n"
-        "print(quick_digest('step', (['a', 'b', 'c'], {'k': [1.5]}), {'x': 'xyz'}, (1,)).hex())"
+        "print(QuickDigest()('step', (['a', 'b', 'c'], {'k': [1.5]}), {'x': 'xyz'}, (1,)).hex())"
     )
     printed = {
         subprocess.run(

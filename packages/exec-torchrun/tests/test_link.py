@@ -21,9 +21,11 @@ from exec_core import WorkerStartupError
 from exec_torchrun import _meeting
 from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind
-from exec_torchrun._link import Hub, Link, Member
-from exec_torchrun._meeting import Address, Meeting, Report, meet
+from exec_torchrun._hub import Hub
+from exec_torchrun._link import Describe, Link, Member, no_call
+from exec_torchrun._meeting import Meeting, Report, meet
 from exec_torchrun._page import HAS_PAGE, SPIN_S, Page
+from exec_torchrun._sockets import Address
 
 Run = Callable[..., Future[Any]]
 
@@ -76,10 +78,18 @@ def begin(turn: int, digest: bytes = b"same", wait_s: float = 5.0) -> Frame:
     return Frame(Kind.BEGIN, turn, ((0, b"call"),), digest.ljust(16), wait_s, limit_s=5.0)
 
 
+def meets(link: Link, word: Frame, describe: Describe = no_call) -> Frame:
+    """What a rank is told that says ``word``: by the page, if that is enough."""
+    digest, value = (word.digest, None) if word.kind is Kind.BEGIN else (None, word.parts[0][1] if word.parts else None)
+    if not link.agree(word.turn, time.monotonic() + word.limit_s, digest, value, (1, "call") if digest else None):
+        return link.exchange(word, describe)
+    return Frame(Kind.GO) if digest is not None else Frame(Kind.DONE, parts=link.values())
+
+
 def exchange_all(run: Run, links: Sequence[Link], words: Sequence[Frame]) -> list[Kind]:
     """What each rank is told when all say their words."""
     futures = [
-        run(link.exchange, word, lambda: ("mine", b"mine".ljust(16))) for link, word in zip(links, words, strict=True)
+        run(meets, link, word, lambda: ("mine", b"mine".ljust(16))) for link, word in zip(links, words, strict=True)
     ]
     return [future.result(10).kind for future in futures]
 
@@ -150,7 +160,7 @@ def test_a_large_value_goes_round(run: Run, links: list[Link]) -> None:
     """Values of many megabytes from all ranks at once come back to all of them."""
     assert [Kind.GO] * 3 == exchange_all(run, links, [begin(0)] * 3)
     words = [Frame(Kind.END, 1, ((index, bytes([index]) * (8 << 20)),), limit_s=10.0) for index in range(3)]
-    futures = [run(link.exchange, word) for link, word in zip(links, words, strict=True)]
+    futures = [run(meets, link, word) for link, word in zip(links, words, strict=True)]
     for future in futures:
         assert [(index, bytes([index]) * (8 << 20)) for index in range(3)] == list(future.result(20).parts)
 
@@ -162,10 +172,10 @@ def test_words_and_values_reach_all_whenever_they_come(run: Run, links: list[Lin
         moments = random.Random(index)  # noqa: S311 # no secret
         for number in range(200):
             time.sleep(moments.choice([0.0, 2 * SPIN_S * moments.random()]))  # what is tested: any moment
-            assert Kind.GO is links[index].exchange(begin(2 * number)).kind
+            assert Kind.GO is meets(links[index], begin(2 * number)).kind
             own = f"{index} {number}".encode()
-            done = links[index].exchange(
-                Frame(Kind.END, 2 * number + 1, ((index, own),) if number % 3 else (), limit_s=9.0)
+            done = meets(
+                links[index], Frame(Kind.END, 2 * number + 1, ((index, own),) if number % 3 else (), limit_s=9.0)
             )
             expected = tuple((rank, f"{rank} {number}".encode()) for rank in range(3)) if number % 3 else ()
             assert (Kind.DONE, expected) == (done.kind, done.parts)
@@ -176,32 +186,32 @@ def test_words_and_values_reach_all_whenever_they_come(run: Run, links: list[Lin
 
 def test_the_hub_answers_while_its_rank_is_away(run: Run, links: list[Link]) -> None:
     """Its thread tells the others that its rank has not come, though that rank says nothing at all."""
-    futures = [run(link.exchange, begin(0, wait_s=0.3), lambda: ("mine", b"mine".ljust(16))) for link in links[1:]]
+    futures = [run(meets, link, begin(0, wait_s=0.3), lambda: ("mine", b"mine".ljust(16))) for link in links[1:]]
     for future in futures:
         told = future.result(10)
         assert (Kind.DIVERGED, [b"no call, its last was none", b"mine", b"mine"]) == (
             told.kind, [text for _, text in told.parts]
         )  # fmt: skip
-    assert Kind.DIVERGED is links[0].exchange(begin(0)).kind
+    assert Kind.DIVERGED is meets(links[0], begin(0)).kind
     assert [Kind.GO] * 3 == exchange_all(run, links, [begin(1)] * 3)
 
 
 def test_a_connection_that_ends_is_a_death(run: Run, links: list[Link]) -> None:
     """The others are told which, whether they wait already or come later."""
-    waiting = run(links[0].exchange, begin(0))
+    waiting = run(meets, links[0], begin(0))
     links[2].close()
 
     assert (Kind.DIED, ((2, b"12"),)) == (waiting.result(10).kind, waiting.result(10).parts)
-    assert Kind.DIED is links[1].exchange(begin(0)).kind
+    assert Kind.DIED is meets(links[1], begin(0)).kind
 
 
 def test_the_hub_that_ends_is_a_death(run: Run, links: list[Link]) -> None:
     """So it is for the others when it is the hub that goes."""
-    waiting = run(links[1].exchange, begin(0))
+    waiting = run(meets, links[1], begin(0))
     links[0].close()
 
     assert (Kind.DIED, ((0, b"10"),)) == (waiting.result(10).kind, waiting.result(10).parts)
-    assert Kind.DIED is links[2].exchange(begin(0)).kind
+    assert Kind.DIED is meets(links[2], begin(0)).kind
 
 
 def test_all_leave_together(run: Run, links: list[Link]) -> None:
@@ -219,7 +229,7 @@ def test_leaving_alone_does_not_wait_for_ever(run: Run, links: list[Link]) -> No
     assert links[0].leave(0, started + 0.4) is None
     assert 0.4 <= time.monotonic() - started < 2.0
     links[0].close()
-    told = links[2].exchange(begin(0))
+    told = meets(links[2], begin(0))
 
     assert (Kind.LEFT, [b"shutdown()", b"shutdown()"]) == (told.kind, [text for _, text in told.parts[:2]])
 

@@ -77,15 +77,15 @@ def test_what_the_ranks_have_agreed_on_counts() -> None:
     """Turns that went by elsewhere: the next one is open, and ranks are inside a call from its begin to its end."""
     hub = Hub()
     assert hub.is_open(0)
-    hub.agree(Frame(Kind.BEGIN, 0, ((0, b"first"),)))
+    hub.agree((1, "first"))
     hub.begin(0, 1, limit_s=30.0)
     assert [] == hub.after(20.0)
-    hub.agree(Frame(Kind.END, 1))
+    hub.agree(None)
     assert (False, True) == (hub.is_open(1), hub.is_open(2))
     hub.begin(0, 1)
     assert Kind.DESCRIBE is verdict(hub.after(4.0))[0]
     assert not hub.is_open(2)
-    assert b"no call, its last was first" == verdict(hub.text(0, 1))[1][2]
+    assert b"no call, its last was call 1: first" == verdict(hub.text(0, 1))[1][2]
 
 
 def test_all_have_run_it() -> None:

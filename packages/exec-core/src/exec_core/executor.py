@@ -11,7 +11,7 @@ from exec_core.asynchronous import awaited, awaited_future
 from exec_core.base import BaseExecutor, OnProgress
 from exec_core.calls import Call
 from exec_core.config import ExecutorConfig
-from exec_core.errors import RpcTimeoutError, WorldJoinError
+from exec_core.errors import ConfigError, RpcTimeoutError, WorldJoinError
 from exec_core.execution_loop import ExecutionLoop
 from exec_core.lifecycle import State
 from exec_core.messages import Request, method_name
@@ -19,6 +19,7 @@ from exec_core.worker import ReconfigureDistributedRequest
 
 T = TypeVar("T")
 _SLEEPERS = frozenset({"weights", "kv_cache"})  # tags of `Worker.wake_up`
+_SLEEP_LEVELS = (1, 2)  # of `Worker.sleep`
 
 
 class Executor(BaseExecutor):
@@ -117,7 +118,13 @@ class Executor(BaseExecutor):
         return bool(self._asleep)
 
     def sleep(self, level: int = 1) -> None:
-        """Workers give device memory back; see `Worker.sleep`. Already asleep is fine."""
+        """Workers give device memory back; see `Worker.sleep`. Already asleep is fine.
+
+        Raises:
+            ConfigError: for a ``level`` that is neither 1 nor 2, asleep or awake; nothing was sent.
+        """
+        if level not in _SLEEP_LEVELS:
+            raise ConfigError("level", "must be 1 (weights to the host) or 2 (weights dropped)", level)
         if self._asleep != _SLEEPERS:
             self.collective_rpc("sleep", kwargs={"level": level})
             self._asleep = _SLEEPERS

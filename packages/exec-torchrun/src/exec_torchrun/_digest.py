@@ -1,6 +1,6 @@
 """Whether two ranks mean the same call: digests of it that are the same in every process, and the call in words.
 
-    quick_digest    by a pickler, which is fast; equal calls may differ by the order of a set
+    QuickDigest     by a pickler, which is fast; equal calls may differ by the order of a set
     exact_digest    by taking values apart, made only when the quick ones differ: sets in any order, and whatever else there is
 
 Values count, not identities: neither looks at what is shared inside a call. A tensor or an array counts by shape, type and
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import io
 import marshal
 import pickle
 import reprlib
@@ -27,6 +26,7 @@ from exec_core.messages import method_name
 
 _SAMPLE_BYTES = 1 << 16  # larger arrays and tensors are compared by their beginning and end
 _DEPTH = 30
+_pack_checksum = struct.Struct("<QII").pack
 _ATOMS = frozenset({int, str, float, bytes, bool, complex, type(None)})
 _CONTAINERS = frozenset({tuple, list, set, frozenset})
 
@@ -43,18 +43,34 @@ def own_value(argument: Any) -> Any:
     return argument.value if isinstance(argument, PerRank) else argument
 
 
-def quick_digest(
-    method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: tuple[Any, ...]
-) -> bytes:
-    """16 bytes. Equal ones mean equal calls."""
-    file = io.BytesIO()
-    pickler = _Pickler(file, 5)
-    pickler.fast = True  # no memo: what is shared does not count
-    try:
-        pickler.dump((method, args, _ordered(kwargs), options))
-    except Exception:  # something in it cannot be pickled, or holds itself
-        return exact_digest(method, args, kwargs, options)
-    return _checksum(file.getbuffer())
+class QuickDigest:
+    """``digest(method, args, kwargs, options)`` is 16 bytes. Equal ones mean equal calls. For one thread at a time.
+
+    It keeps its pickler: to make one for each call takes as long as all the rest.
+    """
+
+    def __init__(self) -> None:
+        self._written: list[bytes] = []
+        self._pickler = self._new_pickler()
+
+    def _new_pickler(self) -> _Pickler:
+        pickler = _Pickler(_Writer(self._written.append), 5)
+        pickler.fast = True  # no memo: what is shared does not count
+        return pickler
+
+    def __call__(
+        self, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: tuple[Any, ...]
+    ) -> bytes:
+        written = self._written
+        try:
+            self._pickler.dump((method, args, _ordered(kwargs) if kwargs else kwargs, options))
+            data = written[0] if len(written) == 1 else b"".join(written)
+        except Exception:  # something in it cannot be pickled, or holds itself
+            self._pickler = self._new_pickler()
+            return exact_digest(method, args, kwargs, options)
+        finally:
+            written.clear()
+        return _checksum(data)
 
 
 def exact_digest(
@@ -73,6 +89,13 @@ def describe_call(method: str | Callable[..., Any], args: Sequence[Any], kwargs:
     """The call in words, cut to a readable length."""
     shown = [_short(value) for value in args] + [f"{name}={_short(value)}" for name, value in kwargs.items()]
     return f"{method_name(method)}({', '.join(shown)})"
+
+
+@attrs.frozen
+class _Writer:
+    """What a pickler takes for a file."""
+
+    write: Callable[[bytes], object]
 
 
 class _Pickler(pickle.Pickler):
@@ -105,9 +128,9 @@ def _short(value: Any) -> str:
         return f"<{type(value).__qualname__}>"
 
 
-def _checksum(data: bytes | memoryview) -> bytes:
+def _checksum(data: bytes) -> bytes:
     """Against mistakes, not against attackers: ten times as fast as a hash."""
-    return struct.pack("<QII", len(data), zlib.crc32(data), zlib.adler32(data))
+    return _pack_checksum(len(data), zlib.crc32(data), zlib.adler32(data))
 
 
 def _digest(value: Any, depth: int) -> bytes:

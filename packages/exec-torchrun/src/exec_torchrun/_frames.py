@@ -23,8 +23,8 @@ _HEAD = struct.Struct("<B3xIQdd16s")
 _PART = struct.Struct("<qQ")
 # Ranks come to a call together: to wait for a while by yielding is cheaper than to sleep and be woken. Not where ranks share
 # cores: then it would take them from those that are waited for.
-_HAS_CORES = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) <= len(os.sched_getaffinity(0))
-SPIN_S = 200e-6 if _HAS_CORES else 0.0
+HAS_CORES = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) <= len(os.sched_getaffinity(0))
+SPIN_S = 200e-6 if HAS_CORES else 0.0
 _CHUNK, _LARGEST_CHUNK = 1 << 14, 1 << 22
 _LOOK_S = struct.pack("ll", 0, 100_000)  # a receiver looks at its deadline so often (struct timeval)
 _STUCK_S = struct.pack("ll", 30, 0)  # a receiver that has not taken anything for so long gets nothing more

@@ -14,7 +14,8 @@ from exec_core.execution_loop import ExecutionLoop
 from exec_core.executor import Executor
 from exec_core.inprocess import InProcessGroup
 from exec_core.messages import Reply
-from exec_torchrun._guard import GuardedWrapper, Outcome, Plan
+from exec_torchrun._guard import GuardedWrapper
+from exec_torchrun._plan import Outcome, Plan
 
 
 class SpmdGroup(InProcessGroup):
@@ -41,24 +42,22 @@ class SpmdGroup(InProcessGroup):
         self._guard.check()
 
     def run(self, call: Call) -> Any:
-        return super().run(self._planned(call))
+        if type(call.request) is not Plan:
+            call.request = Plan.of(call, self._gathers)
+        return super().run(call)
 
     def submit(self, call: Call, wait: bool) -> Future[Any]:
-        return super().submit(self._planned(call), wait)
-
-    def _planned(self, call: Call) -> Call:
-        if not isinstance(call.request, Plan):
+        if type(call.request) is not Plan:
             call.request = Plan.of(call, self._gathers)
-        return call
+        return super().submit(call, wait)
 
     def _outcome(self, call: Call, reply: Reply) -> Any:
-        outcome = reply.value
-        if not isinstance(outcome, Outcome):
+        if not isinstance(reply, Outcome):
             return super()._outcome(call, reply)
-        if outcome.error is not None:
-            call.failure = outcome.failure
-            raise outcome.error
-        return call.result(outcome.values)
+        if reply.raised is not None:
+            call.failure = reply.failure
+            raise reply.raised
+        return call.result(reply.values)
 
     def close(self, error: BaseException, deadline: float) -> None:
         self._guard.leave_by = deadline

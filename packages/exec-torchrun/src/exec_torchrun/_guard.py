@@ -12,66 +12,23 @@ from __future__ import annotations
 import functools
 import math
 import os
-import struct
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import attrs
-
 from exec_core import messages
-from exec_core.calls import Call
 from exec_core.errors import ExecutorError, RankDivergenceError, RpcTimeoutError, WorkerDiedError, WorkerError
-from exec_core.messages import Encoded, Failure, Reply, Request
-from exec_core.wrapper import WorkerWrapper, settle
-from exec_torchrun._digest import PerRank, describe_call, exact_digest, own_value, quick_digest
+from exec_core.messages import Failure, Reply, Request
+from exec_core.wrapper import DONE, WorkerWrapper, settle
+from exec_torchrun._digest import PerRank, QuickDigest, describe_call, exact_digest, own_value
 from exec_torchrun._frames import Frame, Kind, Part
 from exec_torchrun._link import Link
+from exec_torchrun._plan import Outcome, Plan, diverged, pack, unpack_error, unpack_value
+from exec_torchrun._rounds import named
 
-_HEAD = struct.Struct("<BQ")  # of a value or an error: format, pid
-
-
-@attrs.define
-class Plan(Request):
-    """A request with what only the ranks together can do.
-
-    Attributes:
-        ranks, reply_ranks: positions in the replica: who runs it, whose value is returned.
-        gather: every rank gets the values of ``reply_ranks``; otherwise only its own, if it is one of them.
-        timeout_s, deadline, max_concurrent: see `exec_core.calls.Call`.
-    """
-
-    ranks: tuple[int, ...] = ()
-    reply_ranks: tuple[int, ...] = ()
-    gather: bool = False
-    timeout_s: float | None = None
-    deadline: float = math.inf
-    max_concurrent: int | None = None
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        """What beside method and arguments must be the same on all ranks."""
-        return self.ranks, self.reply_ranks, self.gather
-
-    @classmethod
-    def of(cls, call: Call, gather: bool) -> Plan:
-        """The plan of ``call``: values travel if they are asked for, or if not those of all ranks are wanted."""
-        request = call.request
-        return cls(
-            request.method, request.args, request.kwargs, request.wants_value, call.ranks, call.reply_ranks,
-            gather or call.reply_ranks != call.ranks, call.timeout_s, call.deadline, call.max_concurrent,
-        )  # fmt: skip
-
-
-@attrs.frozen
-class Outcome:
-    """How a call ended on all ranks: with the values of its reply ranks, or with an error, and whose it is."""
-
-    values: list[Any] = attrs.field(factory=list)
-    error: BaseException | None = None
-    failure: Failure | None = None
+_NOT_COMPARED = bytes(16)
 
 
 class GuardedWrapper(WorkerWrapper):
@@ -104,6 +61,7 @@ class GuardedWrapper(WorkerWrapper):
         self._apart_s = apart_s
         self._barrier_s = math.inf if barrier_s is None else barrier_s
         self._failed = failed
+        self._digest = QuickDigest()
         self._turn = 0
         self._calls = 0
         self.leave_by = -math.inf  # until when `shutdown` may wait for the others; set before it
@@ -116,7 +74,7 @@ class GuardedWrapper(WorkerWrapper):
         if self._apart_s is None and not plan.gather and plan.max_concurrent is None:
             return self._alone(plan)
         try:
-            return Reply(self._together(self._link, plan))
+            return self._together(self._link, plan)
         except BaseException as error:
             self._break_off(self._link, plan, error)
             return Reply.of_error(error)
@@ -124,27 +82,54 @@ class GuardedWrapper(WorkerWrapper):
     # One call
 
     def _together(self, link: Link, plan: Plan) -> Outcome:
-        verdict = self._begin(link, plan)
-        if verdict.kind is not Kind.GO:
-            return self._refused(plan, verdict)
-        reply, verdict = self._in_waves(link, plan)
-        if verdict.kind is not Kind.GO:
-            return self._refused(plan, verdict)
-        value, error, word = self._settled(plan, reply)
-        verdict = link.exchange(self._word(plan, Kind.END if error is None else Kind.ERROR, word))
+        refusal = self._begin(link, plan)
+        if refusal is not None:
+            return self._refused(plan, refusal)
+        if plan.max_concurrent is not None:
+            reply, refusal = self._in_waves(link, plan, plan.max_concurrent)
+            if refusal is not None:
+                return self._refused(plan, refusal)
+        else:
+            reply = self._local(plan) if self._index in plan.ranks else DONE
+        if reply is DONE and not plan.gather:
+            if link.agree(self._turn, plan.deadline, None, None, None):
+                self._turn += 1
+                return Outcome(values=[None] if self._index in plan.reply_ranks else [])
+            return self._end_by_frame(link, plan, None, None, None)
+        value, error, body = self._settled(plan, reply)
+        if error is None and link.agree(self._turn, plan.deadline, None, body, None):
+            self._turn += 1
+            return Outcome(values=self._values(plan, value, link.values() if plan.gather else ()))
+        return self._end_by_frame(link, plan, value, error, body)
+
+    def _end_by_frame(
+        self, link: Link, plan: Plan, value: Any, error: BaseException | None, body: bytes | None
+    ) -> Outcome:
+        kind = Kind.END if error is None else Kind.ERROR
+        verdict = link.exchange(self._word(plan, kind, () if body is None else ((self._index, body),)))
         if verdict.kind is Kind.DONE:
-            return Outcome(self._values(plan, value, verdict))
+            return Outcome(values=self._values(plan, value, verdict.parts))
         if verdict.kind is Kind.FAILED:
             return self._raised(plan, error, verdict)
         return self._refused(plan, verdict, error)
 
-    def _begin(self, link: Link, plan: Plan) -> Frame:
+    def _begin(self, link: Link, plan: Plan) -> Frame | None:
+        """None when all ranks begin the call, else why they do not."""
         number = self._calls = self._calls + 1
-        word = self._word(plan, Kind.BEGIN, ((self._index, f"call {number}: {plan.name}".encode()),))
-        if self._apart_s is not None and self.context is not None:  # the start itself has all the time of the start
-            word.digest = quick_digest(plan.method, plan.args, plan.kwargs, plan.options)
+        digest, method = _NOT_COMPARED, plan.method
+        name = method if isinstance(method, str) else plan.name
+        compared = self._apart_s is not None and self.context is not None  # the start has all the time of the start
+        if compared:
+            digest = self._digest(method, plan.args, plan.kwargs, plan.options)
+        if link.agree(self._turn, plan.deadline, digest, None, (number, name)):
+            self._turn += 1
+            return None
+        word = self._word(plan, Kind.BEGIN, ((self._index, named(number, name)),))
+        word.digest = digest
+        if compared and self._apart_s is not None:
             word.wait_s = self._apart_s
-        return link.exchange(word, functools.partial(self._description, number, plan))
+        verdict = link.exchange(word, functools.partial(self._description, number, plan))
+        return None if verdict.kind is Kind.GO else verdict
 
     def _description(self, number: int, plan: Plan) -> tuple[str, bytes]:
         """The call in words, and exactly which it is."""
@@ -152,18 +137,17 @@ class GuardedWrapper(WorkerWrapper):
         words = f"call {number}: {describe_call(plan.method, plan.args, plan.kwargs)}{only}"
         return words, exact_digest(plan.method, plan.args, plan.kwargs, plan.options)
 
-    def _in_waves(self, link: Link, plan: Plan) -> tuple[Reply, Frame]:
-        """Runs it when it is this rank's turn: all ranks at once, or so many at a time."""
-        at_once = plan.max_concurrent or self._size
-        reply, verdict = Reply(), Frame(Kind.GO)
+    def _in_waves(self, link: Link, plan: Plan, at_once: int) -> tuple[Reply, Frame | None]:
+        """Runs it when it is this rank's turn, so many ranks at a time; or why they did not go on."""
+        reply = DONE
         for start in range(0, len(plan.ranks), at_once):
             if start:
                 verdict = link.exchange(self._word(plan, Kind.BEGIN, ((self._index, b"its wave"),)))
-            if verdict.kind is not Kind.GO:
-                break
+                if verdict.kind is not Kind.GO:
+                    return reply, verdict
             if self._index in plan.ranks[start : start + at_once]:
                 reply = self._local(plan)
-        return reply, verdict
+        return reply, None
 
     def _word(self, plan: Plan, kind: Kind, parts: tuple[Part, ...]) -> Frame:
         self._turn += 1
@@ -171,7 +155,7 @@ class GuardedWrapper(WorkerWrapper):
         return Frame(kind, self._turn - 1, parts, limit_s=limit_s)
 
     def _local(self, request: Request) -> Reply:
-        if any(type(argument) is PerRank for argument in (*request.args, *request.kwargs.values())):
+        if PerRank in map(type, request.args) or (request.kwargs and PerRank in map(type, request.kwargs.values())):
             args, kwargs = tuple(map(own_value, request.args)), {n: own_value(v) for n, v in request.kwargs.items()}
             request = Request(request.method, args, kwargs)
         return super().execute(request)
@@ -179,14 +163,14 @@ class GuardedWrapper(WorkerWrapper):
     def _alone(self, plan: Plan) -> Reply:
         """Runs it here without a word to the others."""
         if self._index not in plan.ranks:
-            return Reply(Outcome())
+            return Outcome()
         reply = self._local(plan)
         value, error, _ = self._settled(plan, reply)
         if error is not None:
             return Reply.of_error(error)
-        return Reply(Outcome([value] if self._index in plan.reply_ranks else []))
+        return Outcome(values=[value] if self._index in plan.reply_ranks else [])
 
-    def _settled(self, plan: Plan, reply: Reply) -> tuple[Any, BaseException | None, tuple[Part, ...]]:
+    def _settled(self, plan: Plan, reply: Reply) -> tuple[Any, BaseException | None, bytes | None]:
         """The value or the error of this rank, and what the others get of it."""
         wanted = self._index in plan.reply_ranks
         value, error = None, reply.error
@@ -195,12 +179,8 @@ class GuardedWrapper(WorkerWrapper):
                 # At once, also where it could be finished later: the others hear of its error with the call's end.
                 value = settle(reply.value, wanted)
                 if not (wanted and plan.gather):
-                    return value, None, ()
-                return (
-                    value,
-                    None,
-                    ((self._index, _pack(messages.encode(value, f"the value of {plan.name}", same_program=True))),),
-                )
+                    return value, None, None
+                return value, None, pack(messages.encode(value, f"the value of {plan.name}", same_program=True))
             except BaseException as unsettled:
                 error = unsettled
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
@@ -209,13 +189,13 @@ class GuardedWrapper(WorkerWrapper):
             why = WorkerError(self.rank, os.getpid(), plan.name, type(error).__qualname__, str(error))
             why.__cause__, error = error, why
         messages.add_origin(error, self.rank, os.getpid(), plan.name)
-        return None, error, ((self._index, _pack(messages.encode_error(error, same_program=True), os.getpid())),)
+        return None, error, pack(messages.encode_error(error, same_program=True), os.getpid())
 
-    def _values(self, plan: Plan, value: Any, verdict: Frame) -> list[Any]:
+    def _values(self, plan: Plan, value: Any, parts: tuple[Part, ...]) -> list[Any]:
         if not plan.gather:
             return [value] if self._index in plan.reply_ranks else []
-        bodies = dict(verdict.parts)
-        return [value if index == self._index else _decode(bodies[index]) for index in plan.reply_ranks]
+        bodies = dict(parts)
+        return [value if index == self._index else unpack_value(bodies[index]) for index in plan.reply_ranks]
 
     # When it did not go well
 
@@ -224,13 +204,11 @@ class GuardedWrapper(WorkerWrapper):
         failures = []
         for order, (index, body) in enumerate(verdict.parts):
             if body:
-                fmt, pid = _HEAD.unpack_from(body)
                 rank = self._first + index
-                error = own
-                if own is None or index != self._index:
-                    error = messages.decode_error(memoryview(body)[_HEAD.size :], fmt, rank, pid, plan.name)
-                assert error is not None
-                failures.append(Failure(rank, pid, error, order))
+                if own is not None and index == self._index:
+                    failures.append(Failure(rank, os.getpid(), own, order))
+                else:
+                    failures.append(unpack_error(body, rank, plan.name, order))
         error = messages.first_failure(failures)
         inside = [self._first + index for index, body in verdict.parts if not body]
         if inside:
@@ -238,23 +216,23 @@ class GuardedWrapper(WorkerWrapper):
                 f"ranks {inside} did not come out of the call: the process groups were given up, call restart() on every rank"
             )
             self._give_up(error, own)
-        return Outcome(error=error, failure=failures[0])
+        return Outcome(raised=error, failure=failures[0])
 
     def _refused(self, plan: Plan, verdict: Frame, own: BaseException | None = None) -> Outcome:
         """The ranks have not come to the call, or out of it, together."""
         ranks = [self._first + index for index in verdict.numbers]
         if verdict.kind in {Kind.DIVERGED, Kind.LEFT}:
             calls = {self._first + index: text.decode(errors="replace") for index, text in verdict.parts}
-            return Outcome(error=diverged(calls, self._apart_s))
+            return Outcome(raised=diverged(calls, self._apart_s))
         if verdict.kind is Kind.TIMEOUT:
             all_ranks = range(self._first, self._first + self._size)
             answered = [rank for rank in all_ranks if rank not in ranks]
             limit = plan.timeout_s if plan.timeout_s is not None else self._barrier_s
-            return Outcome(error=RpcTimeoutError(plan.name, limit, answered, ranks))
+            return Outcome(raised=RpcTimeoutError(plan.name, limit, answered, ranks))
         error = self._died(verdict, plan.name)
         error.__cause__ = own
         self._give_up(error, own)
-        return Outcome(error=error)
+        return Outcome(raised=error)
 
     def _died(self, verdict: Frame, method: str | None = None) -> WorkerDiedError:
         index, pid = verdict.parts[0]
@@ -296,20 +274,3 @@ class GuardedWrapper(WorkerWrapper):
                 calls = {self._first + index: text.decode(errors="replace") for index, text in verdict.parts}
                 self.divergence = diverged(calls, self._apart_s)
         super().shutdown()
-
-
-def diverged(calls: dict[int, str], apart_s: float | None) -> RankDivergenceError:
-    """The error that names the first differing call of each rank."""
-    late = (
-        "" if apart_s is None else f"; a rank that may be later than {apart_s:g} s needs another divergence_timeout_s"
-    )
-    return RankDivergenceError(calls, f"every rank makes the same calls, with the same inputs, in the same order{late}")
-
-
-def _pack(encoded: Encoded, pid: int = 0) -> bytes:
-    return b"".join((_HEAD.pack(encoded.format, pid), *encoded.parts))
-
-
-def _decode(body: bytes) -> Any:
-    fmt, _ = _HEAD.unpack_from(body)
-    return messages.decode(memoryview(body)[_HEAD.size :], fmt)

@@ -19,7 +19,7 @@ import pickle
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -27,35 +27,20 @@ import attrs
 
 from exec_core import messages
 from exec_core.errors import WorkerStartupError
+from exec_torchrun import _sockets
 from exec_torchrun._env import LauncherEnv
-from exec_torchrun._frames import Connection, Frame, Kind, wait_readable
-from exec_torchrun._link import Hub, Link, Member
+from exec_torchrun._frames import Connection, Frame, Kind
+from exec_torchrun._hub import Hub
+from exec_torchrun._link import Link, Member
 from exec_torchrun._page import HAS_PAGE, Page
+from exec_torchrun._sockets import Address, Problem
 
 SCHEME = "exec-torchrun"
-_HELLO_S = 10.0  # for a connected process to say HELLO
-_RETRY_S = 0.005
 _HOSTED_S = 10.0  # how much later than others rank 0 may start, for them to be able to warn it
-_WARNING_S = 0.2  # how often rank 0 looks for one
-
-Problem = tuple[int, str] | bytes | None  # a rank and what about it, or an error of its own, pickled
 
 # The launcher's store, kept for this process's later executors: where rank 0 hosts it, it would end with the first of them.
 _kept: dict[tuple[Any, ...], Any] = {}
 _offered: list[Any] = []  # the one that `SCHEME` URLs lead to
-
-
-@attrs.frozen
-class Address:
-    """Where a process listens.
-
-    Attributes:
-        places: alternatives: host and port, or the name of a socket of this machine.
-        secret: proves to it that one was told the address.
-    """
-
-    places: tuple[tuple[str, int] | bytes, ...]
-    secret: bytes
 
 
 @attrs.frozen
@@ -106,7 +91,7 @@ def meet(env: LauncherEnv, name: str, report: Report, deadline: float, grace_s: 
     with contextlib.ExitStack() as stack:
         listener = None
         if env.index == 0 and env.replica_size > 1:
-            listener, address = _listen(env, stack)
+            listener, address = _sockets.listen(env, stack)
             report = attrs.evolve(report, hub=address)
         key = f"{SCHEME}/{name}"
         if env.rank == 0:
@@ -121,7 +106,7 @@ def meet(env: LauncherEnv, name: str, report: Report, deadline: float, grace_s: 
             pids = {index: reports[env.rank + index].pid for index in connections}
             link = Hub(connections, pids, grace_s, _share_page(env, connections))
         elif hub.hub is not None:
-            connection = _connect(hub.hub, env.index, b"", deadline)
+            connection = _sockets.connect(hub.hub, env.index, b"", deadline)
             link = Member(env.index, connection, hub.pid, _receive_page(env, connection, deadline))
         return Meeting(reports, f"{SCHEME}://{token}", link)
 
@@ -133,13 +118,13 @@ def _store(env: LauncherEnv, deadline: float) -> Any:
     key = os.getpid(), env.master_addr, env.master_port, env.rank, env.world_size
     if key in _kept:
         with contextlib.suppress(RuntimeError):  # its host is gone: perhaps there is another one by now
-            _kept[key].set_timeout(_remaining(deadline))
+            _kept[key].set_timeout(_sockets.remaining(deadline))
             _kept[key].num_keys()
             return _kept[key]
     _kept.clear()
     url = f"env://?rank={env.rank}&world_size={env.world_size}"
     try:
-        store, _, _ = next(rendezvous(url, timeout=_remaining(deadline)))
+        store, _, _ = next(rendezvous(url, timeout=_sockets.remaining(deadline)))
     except Exception as error:
         where = f"MASTER_ADDR={env.master_addr}, MASTER_PORT={env.master_port}"
         raise WorkerStartupError(
@@ -180,7 +165,9 @@ def warn_others(name: str, error: bytes) -> None:
         from torch.distributed.rendezvous import rendezvous
 
         # Any rank but 0: this one may not know its own, and the launcher's store is the same for all.
-        store, _, _ = next(rendezvous("env://?rank=1&world_size=2", timeout=datetime.timedelta(seconds=_HELLO_S)))
+        store, _, _ = next(
+            rendezvous("env://?rank=1&world_size=2", timeout=datetime.timedelta(seconds=_sockets.HELLO_S))
+        )
         store.set(_wrong(f"{SCHEME}/{name}"), error)
 
 
@@ -194,7 +181,7 @@ def _is_hosted() -> bool:
         with contextlib.suppress(OSError, OverflowError):
             socket.create_connection((host, int(port)), timeout=_HOSTED_S).close()
             return True
-        time.sleep(_RETRY_S)
+        time.sleep(_sockets.RETRY_S)
     return False
 
 
@@ -210,10 +197,10 @@ def _warning(store: Any, key: str) -> bytes | None:
 def _receive(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float) -> tuple[tuple[Report, ...], str]:
     """Rank 0's part: waits for all others and tells each what all have said."""
     with contextlib.ExitStack() as stack:
-        listener, address = _listen(env, stack)
+        listener, address = _sockets.listen(env, stack)
         store.set(key, pickle.dumps(address))
         warning = functools.partial(_warning, store, key)
-        visitors, problem = _accept(listener, address.secret, range(1, env.world_size), deadline, warning)
+        visitors, problem = _sockets.accept(listener, address.secret, range(1, env.world_size), deadline, warning)
         for connection, _ in visitors.values():
             stack.callback(connection.close)
         reports = (mine, *(pickle.loads(visitors[rank][1].parts[1][1]) for rank in sorted(visitors)))
@@ -229,20 +216,20 @@ def _visit(env: LauncherEnv, key: str, store: Any, mine: Report, deadline: float
         try:
             said = None
             while not store.check([key]) and (said := _warning(store, key)) is None and time.monotonic() < deadline:
-                time.sleep(_RETRY_S)
-            store.set_timeout(_remaining(deadline))
+                time.sleep(_sockets.RETRY_S)
+            store.set_timeout(_sockets.remaining(deadline))
             address = None if said is not None else pickle.loads(store.get(key))
         except Exception as error:
             raise WorkerStartupError(0, "launch", "did not come to the ranks' first meeting") from error
         if address is None:
             return _checked(said, (), "")
-        connection = _try_connect(address, env.rank, pickle.dumps(mine))
+        connection = _sockets.try_connect(address, env.rank, pickle.dumps(mine))
         frame = None if connection is None else connection.receive(deadline)
         if connection is not None:
             connection.close()
         if frame is not None:
             return _checked(*pickle.loads(frame.parts[0][1]))
-        _pause(deadline, 0)  # what an earlier attempt left in the store is overwritten soon
+        _sockets.pause(deadline, 0)  # what an earlier attempt left in the store is overwritten soon
 
 
 def _checked(problem: Problem, reports: tuple[Report, ...], token: str) -> tuple[tuple[Report, ...], str]:
@@ -254,7 +241,7 @@ def _checked(problem: Problem, reports: tuple[Report, ...], token: str) -> tuple
 
 
 def _gather(env: LauncherEnv, listener: socket.socket, secret: bytes, deadline: float) -> dict[int, Connection]:
-    visitors, problem = _accept(listener, secret, range(1, env.replica_size), deadline)
+    visitors, problem = _sockets.accept(listener, secret, range(1, env.replica_size), deadline)
     connections = {index: connection for index, (connection, _) in visitors.items()}
     if isinstance(problem, tuple):
         for connection in connections.values():
@@ -289,100 +276,3 @@ def _receive_page(env: LauncherEnv, connection: Connection, deadline: float) -> 
         return Page(fd, env.replica_size, env.index)
     finally:
         os.close(fd)
-
-
-# Sockets
-
-
-def _listen(env: LauncherEnv, stack: contextlib.ExitStack) -> tuple[socket.socket, Address]:
-    """A listening socket: one of this machine alone when all ranks are here, otherwise on every interface."""
-    places: tuple[tuple[str, int] | bytes, ...]
-    if env.is_one_machine:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind("")  # the kernel finds a name, which is in no directory
-        listener.listen()
-        places = (listener.getsockname(),)
-    else:
-        dual = socket.has_dualstack_ipv6()
-        listener = socket.create_server(
-            ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
-        )
-        port, own = listener.getsockname()[1], _address_towards(env.master_addr, env.master_port)
-        # Rank 0 is where MASTER_ADDR leads, by a name that all ranks can use, but not always: a restarted job may keep it.
-        places = ((env.master_addr, port), (own, port)) if env.rank == 0 else ((own, port),)
-    stack.callback(listener.close)
-    return listener, Address(places, secrets.token_bytes(16))
-
-
-def _address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to ``host``. Nothing is sent: connecting a datagram socket only chooses a route."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as sock:
-        sock.connect(address)
-        return str(sock.getsockname()[0])
-
-
-def _accept(
-    listener: socket.socket,
-    secret: bytes,
-    expected: Collection[int],
-    deadline: float,
-    warning: Callable[[], bytes | None] = lambda: None,
-) -> tuple[dict[int, tuple[Connection, Frame]], Problem]:
-    """Connections of the ``expected`` with their HELLO, and what went wrong; ``warning`` is asked while there is time."""
-    came: dict[int, tuple[Connection, Frame]] = {}
-    while len(came) < len(expected):
-        if not wait_readable(listener, min(_WARNING_S, deadline - time.monotonic())):
-            if (said := warning()) is not None:
-                return came, said
-            if time.monotonic() < deadline:
-                continue
-            missing = [number for number in expected if number not in came]
-            return came, (missing[0], f"has not come to the ranks' first meeting; missing: {missing}")
-        connection = Connection(listener.accept()[0])
-        hello = connection.receive(time.monotonic() + _HELLO_S)
-        if hello is None or hello.kind is not Kind.HELLO or hello.parts[0][1] != secret or hello.turn not in expected:
-            connection.close()
-        elif hello.turn in came:
-            connection.close()
-            return came, (hello.turn, "has come twice: two processes have the same RANK")
-        else:
-            came[hello.turn] = connection, hello
-    return came, None
-
-
-def _try_connect(address: Address, number: int, body: bytes) -> Connection | None:
-    for place in address.places:
-        with contextlib.suppress(OSError):
-            connection = Connection(_connected(place))
-            connection.send(Frame(Kind.HELLO, number, ((os.getpid(), address.secret), (number, body))))
-            return connection
-    return None
-
-
-def _connected(place: tuple[str, int] | bytes) -> socket.socket:
-    if isinstance(place, tuple):
-        return socket.create_connection(place, timeout=_HELLO_S)
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.connect(place)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _connect(address: Address, number: int, body: bytes, deadline: float) -> Connection:
-    while (connection := _try_connect(address, number, body)) is None:
-        _pause(deadline, 0)
-    return connection
-
-
-def _pause(deadline: float, rank: int) -> None:
-    if time.monotonic() >= deadline:
-        raise WorkerStartupError(rank, "launch", "cannot be reached for the ranks' first meeting")
-    time.sleep(_RETRY_S)
-
-
-def _remaining(deadline: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=min(max(0.001, deadline - time.monotonic()), 10**8))

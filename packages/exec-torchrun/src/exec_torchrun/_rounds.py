@@ -28,6 +28,11 @@ DESCRIBE_S = 1.0  # how long a rank may take to describe its call
 Outgoing = list[tuple[int, Frame]]
 
 
+def named(number: int, name: str) -> bytes:
+    """A call in few words."""
+    return f"call {number}: {name}".encode(errors="backslashreplace")
+
+
 class Rounds:
     """What the hub of ``size`` ranks knows. Its methods return the frames to send, each with its rank.
 
@@ -45,8 +50,10 @@ class Rounds:
         self._over = math.inf  # when the time of a call of this turn is over
         self._apart = math.inf  # when the ranks that are not here count as diverged, or as stuck
         self._absent_are_late = False
-        self._inside: set[int] = set()  # ranks that were told GO and have said nothing since
-        self._last_call = [b"none"] * size
+        self._all = frozenset(range(size))
+        self._inside: frozenset[int] = frozenset()  # ranks that were told GO and have said nothing since
+        self._last_calls = [b"none"] * size
+        self._agreed_call: tuple[int, str] | None = None  # the last of all ranks, if they knew by themselves
         self._final: Frame | None = None  # DIED or BYE: nothing comes after it
 
     @property
@@ -62,14 +69,23 @@ class Rounds:
 
     def is_open(self, turn: int) -> bool:
         """Whether this turn goes on, and nothing has gone wrong in it so far."""
-        return turn == self.turn and self._texts is None and self._final is None and not self._of(Kind.ERROR)
+        if turn != self.turn or self._final is not None:
+            return False
+        return not self._words or (self._texts is None and not self._of(Kind.ERROR))
 
-    def agree(self, word: Frame) -> None:
-        """All ranks have said ``word``, and know it: the verdict of this turn is GO or DONE."""
-        if word.kind is Kind.BEGIN:
-            self._last_call = [word.parts[0][1]] * self._size
-        self._inside.clear()
-        self._next_turn(word.kind is Kind.BEGIN)
+    def agree(self, call: tuple[int, str] | None) -> None:
+        """All ranks have said the same, and know it: the verdict of this turn is GO for ``call``, or DONE without one.
+
+        Args:
+            call: number and name.
+        """
+        if call is not None:
+            self._agreed_call = call
+        if self._words:
+            self._next_turn()
+        else:
+            self.turn += 1  # nothing else has changed
+        self._inside = frozenset() if call is None else self._all
 
     def arrive(self, rank: int, frame: Frame, now: float) -> Outgoing:
         """``frame`` has come from ``rank``."""
@@ -82,14 +98,15 @@ class Rounds:
             return self._diverged_if_known()
         if frame.turn < self.turn:
             if frame.kind is not Kind.BEGIN:  # one that took the verdict for lost has not said anything since
-                self._inside.discard(rank)
+                self._inside -= {rank}
             return []
-        self._inside.discard(rank)
+        self._inside -= {rank}
         self._words[rank] = frame
         kind = frame.kind
         self._over = min(self._over, now + frame.limit_s)
         if kind is Kind.BEGIN:
-            self._last_call[rank] = frame.parts[0][1]
+            self._forget_agreed_call()
+            self._last_calls[rank] = frame.parts[0][1]
             # Where a rank is still inside a call, that keeps it away: then only the call's own time counts.
             if now + frame.wait_s < self._apart and not self._inside:
                 self._apart = now + frame.wait_s
@@ -165,13 +182,14 @@ class Rounds:
     # Verdicts
 
     def _described(self) -> tuple[Part, ...]:
+        self._forget_agreed_call()
         parts = []
         for rank in range(self._size):
             word = self._words.get(rank)
             if self._texts is not None and rank in self._texts:
                 text = self._texts[rank].parts[0][1]
             elif word is None:
-                text = b"no call, its last was " + self._last_call[rank]
+                text = b"no call, its last was " + self._last_calls[rank]
             else:
                 text = b"shutdown()" if word.kind is Kind.LEAVE else word.parts[0][1]
             parts.append((rank, text))
@@ -193,12 +211,19 @@ class Rounds:
         verdict = Frame(kind, self.turn, parts)
         if kind is Kind.BYE:
             self._final = verdict
-        self._next_turn(kind is Kind.GO)
+        self._next_turn()
+        if kind is Kind.GO:
+            self._inside = self._all
         return [(rank, verdict) for rank in range(self._size)]
 
-    def _next_turn(self, go: bool) -> None:
-        if go:
-            self._inside = set(range(self._size))
+    def _forget_agreed_call(self) -> None:
+        """Makes it every rank's last call."""
+        if self._agreed_call is not None:
+            number, name = self._agreed_call
+            self._last_calls = [named(number, name)] * self._size
+            self._agreed_call = None
+
+    def _next_turn(self) -> None:
         self.turn += 1
         self._words, self._ends, self._texts = {}, False, None
         self._over = self._apart = math.inf

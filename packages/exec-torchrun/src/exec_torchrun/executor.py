@@ -21,8 +21,9 @@ from exec_core.errors import ConfigError, ExecutorError
 from exec_core.executor import Executor
 from exec_torchrun._env import LauncherEnv, read_env
 from exec_torchrun._group import SpmdGroup, SpmdLoop
-from exec_torchrun._guard import GuardedWrapper, Plan, diverged
+from exec_torchrun._guard import GuardedWrapper
 from exec_torchrun._meeting import Meeting, Report, meet, warn_others
+from exec_torchrun._plan import Plan, diverged
 
 _numbers = itertools.count()  # of this process's executors: all ranks make theirs in the same order
 _exiting = False
@@ -151,7 +152,8 @@ class ExecutorWithExternalLauncher(Executor):
         call = self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate)
         if gather:
             call.request = Plan.of(call, gather=True)
-        return self._submit(call, wait=True) if non_block else self._run(call)
+        group = self._group or self._open_group(call)
+        return group.submit(call, wait=True) if non_block else group.run(call)
 
     def determine_num_available_blocks(self) -> tuple[int, int]:
         """KV blocks that fit on every rank of the replica: ``(num_gpu_blocks, num_cpu_blocks)``, the same on all of them."""

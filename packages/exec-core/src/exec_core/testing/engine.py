@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exec_core.config import CacheConfig
-from exec_core.errors import ExecutorBusyError
+from exec_core.errors import ConfigError, ExecutorBusyError
 from exec_core.executor import Executor
 from exec_core.testing import workers
 from exec_core.testing.base import GROUPS, ContractBase, Start
@@ -224,6 +224,19 @@ class EngineContract(ContractBase):
         executor.collective_rpc(lambda worker: worker.journal.clear())
 
         assert [[("sleep", 2), ("wake_up", None)]] * len(self.world()) == journals
+
+    def test_sleep_refuses_other_levels(self, executor: Executor) -> None:
+        """A level that is neither 1 nor 2 is an error, awake or asleep, and reaches no rank."""
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+        for level in (0, 3):
+            with pytest.raises(ConfigError, match=f"level must be 1 .* or 2 .*, got {level}"):
+                executor.sleep(level)
+            executor.sleep()
+        executor.wake_up()
+        levels = executor.collective_rpc("entries", args=("sleep",))
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+
+        assert [[("sleep", 1)]] * len(self.world()) == levels
 
     def test_wake_up_by_tags(self, executor: Executor) -> None:
         """Waking some tags leaves the executor asleep until the others are awake too."""

@@ -1,0 +1,85 @@
+"""What goes into the guard and comes out of it: a call as the ranks together run it, and how it ended on all of them."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import attrs
+
+from exec_core import messages
+from exec_core.calls import Call
+from exec_core.errors import RankDivergenceError
+from exec_core.messages import Encoded, Failure, Reply, Request
+
+_HEAD = struct.Struct("<BQ")  # of a value or an error: format, pid
+
+
+@attrs.define
+class Plan(Request):
+    """A request with what only the ranks together can do.
+
+    Attributes:
+        ranks, reply_ranks: positions in the replica: who runs it, whose value is returned.
+        gather: every rank gets the values of ``reply_ranks``; otherwise only its own, if it is one of them.
+        timeout_s, deadline, max_concurrent: see `exec_core.calls.Call`.
+    """
+
+    ranks: tuple[int, ...] = ()
+    reply_ranks: tuple[int, ...] = ()
+    gather: bool = False
+    timeout_s: float | None = None
+    deadline: float = math.inf
+    max_concurrent: int | None = None
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What beside method and arguments must be the same on all ranks."""
+        return self.ranks, self.reply_ranks, self.gather
+
+    @classmethod
+    def of(cls, call: Call, gather: bool) -> Plan:
+        """The plan of ``call``: values travel if they are asked for, or if not those of all ranks are wanted."""
+        request = call.request
+        return cls(
+            request.method, request.args, request.kwargs, request.wants_value, call.ranks, call.reply_ranks,
+            gather or call.reply_ranks != call.ranks, call.timeout_s, call.deadline, call.max_concurrent,
+        )  # fmt: skip
+
+
+@attrs.define  # not frozen: one is made for every call
+class Outcome(Reply):
+    """How a call ended on all ranks: with the values of its reply ranks, or with an error, and whose it is.
+
+    Not changed once made. ``value`` and ``error`` are empty: they would be this rank's own.
+    """
+
+    values: list[Any] = attrs.field(factory=list)
+    raised: BaseException | None = None
+    failure: Failure | None = None
+
+
+def diverged(calls: dict[int, str], apart_s: float | None) -> RankDivergenceError:
+    """The error that names the first differing call of each rank."""
+    late = (
+        "" if apart_s is None else f"; a rank that may be later than {apart_s:g} s needs another divergence_timeout_s"
+    )
+    return RankDivergenceError(calls, f"every rank makes the same calls, with the same inputs, in the same order{late}")
+
+
+def pack(encoded: Encoded, pid: int = 0) -> bytes:
+    """A value or an error as other ranks get it."""
+    return b"".join((_HEAD.pack(encoded.format, pid), *encoded.parts))
+
+
+def unpack_value(body: bytes) -> Any:
+    """The value in what `pack` made."""
+    fmt, _ = _HEAD.unpack_from(body)
+    return messages.decode(memoryview(body)[_HEAD.size :], fmt)
+
+
+def unpack_error(body: bytes, rank: int, method: str, order: int) -> Failure:
+    """The error in what `pack` made of one, which came as the ``order``-th from ``rank``."""
+    fmt, pid = _HEAD.unpack_from(body)
+    return Failure(rank, pid, messages.decode_error(memoryview(body)[_HEAD.size :], fmt, rank, pid, method), order)
