@@ -18,8 +18,8 @@ Who writes what, in which order:
 * A reader copies the message out, or holds its block (`exec_mp._arena`), then stores its position; the writer reuses
   the slot.
 * Who is going to sleep says so in ``SLEEPS`` or ``DRIVER_SLEEPS``, and looks once more. Between the two, as between a
-  writer's number and its look at that word, stands a locked instruction (an uncontended lock's): so at least one of
-  them sees the other, and nobody sleeps through a message.
+  writer's number and its look at that word, stands a locked instruction (an uncontended lock's), or a system call: so at
+  least one of them sees the other, and nobody sleeps through a message.
 * A writer killed between the two stores leaves a slot without its number: the message was never sent.
 """
 

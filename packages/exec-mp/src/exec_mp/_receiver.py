@@ -127,7 +127,8 @@ class Receiver:
         leader = self._leader
         try:
             if self._may_lead() and leader.setdefault(None, entry) is entry:
-                self._lead(entry)
+                if not entry.finished:  # else the channel may be gone
+                    self._lead(entry)
             else:
                 self._follow(entry)
         finally:  # also when Ctrl-C comes between any two lines
@@ -156,11 +157,9 @@ class Receiver:
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
 
     def _lead(self, entry: Entry) -> None:
-        """Until ``entry`` is finished or due, or something is to be done without the lead."""
-        if entry.finished:  # then the channel may be gone
-            return
-        channel, calls, todo, pace, alone = self._channel, self._calls, self._todo, self._pace, get_ident() == _MAIN
-        look, clock, give_way, in_flight = channel.look, time.monotonic, os.sched_yield, calls.in_flight
+        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead."""
+        channel, todo, pace, alone = self._channel, self._todo, self._pace, get_ident() == _MAIN
+        look, clock, give_way, in_flight = channel.look, time.monotonic, os.sched_yield, self._calls.in_flight
         channel.stay_awake()
         complete = channel.acked_by_all(entry.id) if len(entry.call.ranks) == self._remote else None
         pace.begin(clock())
@@ -168,12 +167,8 @@ class Receiver:
             if (words := look()) is not None:
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
                 others = len(in_flight) > 1
-                if words == complete and not others:
-                    with self._lock:
-                        closed = calls.close_only(entry)
-                    if closed:
-                        channel.consume(words)
-                        break
+                if words == complete and not others and self._close_only(entry, words):
+                    break
                 if alone and others:
                     return
             now = clock()
@@ -193,6 +188,14 @@ class Receiver:
                 pace.woken(clock())
         if pace.slept:
             pace.came = clock()
+
+    def _close_only(self, entry: Entry, words: Words) -> bool:
+        """Closes ``entry``, which ``words`` say all ranks have acknowledged, if it is the only call: `_process`, but sooner."""
+        with self._lock:
+            if not self._calls.close_only(entry):
+                return False
+        self._channel.consume(words)
+        return True
 
     def _may_lead(self) -> bool:
         return get_ident() != _MAIN or len(self._calls.in_flight) <= 1

@@ -168,7 +168,7 @@ class WorkerChannel:
         else:
             with self._in_order:
                 pass
-        if words[self._driver_sleeps]:  # after a locked instruction: the kernel has some of its own
+        if words[self._driver_sleeps]:  # looked at after the lock, or after a system call, which orders memory as well
             os.eventfd_write(self._driver_bell, 1)
 
     @property
