@@ -31,15 +31,11 @@ import struct
 from typing import NamedTuple
 
 from exec_core.messages import Encoded, Format
-from exec_mp._layout import REQUEST
 
 SPIN_S = 200e-6  # "auto": catches a prompt answer; see `exec_mp._pace` for what does not come promptly
 
 NOTHING = Encoded((), 0, Format.NONE)
 EXIT, GATED, ONE_READER = 1, 2, 4  # flags of a request
-REQUEST_FIELDS = struct.Struct(
-    "<" + REQUEST
-)  # call id, flags, body bytes, format, arena position (0: inline), block, name
 REPLY_FIELDS = struct.Struct("<7Q")  # call id, status, format, body bytes, arena position, block, time in ns
 LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
 _FD_SETSIZE = 1024  # select(2) knows no higher descriptors; poll(2), as Python calls it, counts in milliseconds

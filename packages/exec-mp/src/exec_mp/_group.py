@@ -1,7 +1,7 @@
 """One generation of workers: their processes, their channel, the calls in flight.
 
     run/submit -> encode -> Calls.open -> DriverChannel.publish ==> workers
-    caller <- Calls.acknowledge, value or error <- Receiver <- DriverChannel.look <==
+    caller <- Calls.acknowledge, value or error <- Answers <- Receiver <- DriverChannel.look <==
 
 With ``driver_worker="inline"`` rank 0 is an `InlineWorker` here, and takes its place in the order of sending under the same
 lock as the publishing to the other ranks.
@@ -36,6 +36,7 @@ from exec_core.group import WorkerInfo
 from exec_core.inline import InlineWorker, Job
 from exec_core.messages import Encoded, Failure, Reply
 from exec_core.wrapper import WorkerWrapper
+from exec_mp._answers import Answers
 from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
 from exec_mp._parts import Hooks, Parts
 from exec_mp._poller import Handler
@@ -70,17 +71,18 @@ class ProcessGroup:
             self._wrapper.update_environment_variables(config.env_of_rank(0))
             self._inline = InlineWorker(self._wrapper)
         outputs: dict[int, Handler] = {o.reading: o.read for o in parts.output.values() if o.reading is not None}
-        self._receiver = Receiver(
+        self._answers = Answers(
             channel,
             self._calls,
             self._lock,
             parts.pids,
-            {**self._processes.handlers(), **outputs},
             finish=self._finish,
-            settle=self._settle,
             progress=hooks.progress,
             late=lambda rank, name: hooks.log.warning("late reply dropped", method=name, from_rank=rank),
-            broken=self._broken,
+        )
+        handlers = {**self._processes.handlers(), **outputs}
+        self._receiver = Receiver(
+            channel, self._calls, self._lock, self._answers, handlers, settle=self._settle, broken=self._broken
         )
 
     # Calls
@@ -169,7 +171,7 @@ class ProcessGroup:
         if entry.ungated:
             with self._lock:
                 entry.sent = True
-                self._receiver.open_gates()
+                self._answers.open_gates()
         return entry, job
 
     def _enqueue_inline(self, inline: InlineWorker, entry: Entry) -> Job | None:
@@ -197,9 +199,9 @@ class ProcessGroup:
                 failure = Failure(0, os.getpid(), reply.error, reply.time_ns)
                 closed = self._calls.error(entry.id, failure, time.monotonic())
             if self._calls.gated:
-                self._receiver.open_gates()
+                self._answers.open_gates()
         if closed and entry.late is None:
-            self._receiver.deliver(entry)
+            self._answers.deliver(entry)
             self._receiver.act()
         elif reply.error is not None:
             self._receiver.look_again()
@@ -268,7 +270,7 @@ class ProcessGroup:
                     entry.error = entry.error.with_stacks({r: text for r, text in stacks.items() if r in still})
         finally:
             for entry in settled:
-                self._receiver.deliver(entry)
+                self._answers.deliver(entry)
             self._receiver.act()
 
     def infos(self) -> list[WorkerInfo]:
@@ -313,7 +315,7 @@ class ProcessGroup:
     def _fail_pending(self, error: BaseException) -> None:
         with self._lock:
             for entry in self._calls.close(error):
-                self._receiver.deliver(entry)
+                self._answers.deliver(entry)
         self._channel.ring()  # wakes the leader
         self._receiver.act()
 

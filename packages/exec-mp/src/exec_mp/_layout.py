@@ -31,7 +31,9 @@ ACKS, REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, SLEEPS, REPLIES_RE
     10
 )  # rows
 _ROWS = 10
-REQUEST = "6Q56s"  # a request's header after number and masks, see `exec_mp._channel`; the name is padded with zeros
+# A request's header after number and masks: call id, flags, body bytes, format, arena position (0: inline), block, and the
+# name, padded with zeros.
+REQUEST = "6Q56s"
 REPLY_HEAD = 64  # bytes of a reply's header
 
 # x86-64 keeps stores in order, and loads in order. Elsewhere `fence` has to stand between two of them; untested.

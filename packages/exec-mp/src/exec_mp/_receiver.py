@@ -19,7 +19,6 @@ only one, which is then over anyway; replies to others' calls, and what they lea
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import threading
@@ -28,9 +27,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 
-from exec_core import messages
-from exec_core.messages import Failure, Status
-from exec_mp._answers import decoded
+from exec_mp._answers import Answers
 from exec_mp._calls import Calls, Entry
 from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._pace import Pace
@@ -41,21 +38,14 @@ _AFTER_ERROR_S = 0.05  # an error that comes again at once must not take a whole
 _MAIN = threading.main_thread().ident
 
 
-Taken = tuple[int, int, object, Failure | None]
-"""A reply from a ring: rank, call id, value or failure."""
-
-
 class Receiver:
     """Reads replies, finishes calls.
 
     Args:
         lock: the group's; guards ``calls`` as well.
-        pids: process of each rank, for errors.
+        answers: what becomes of replies.
         handlers: what to call when a descriptor has something to read, see `exec_mp._poller`.
-        finish: delivers a finished entry that has a future.
         settle: finishes entries that are due.
-        progress: ``fn(rank, done, total, what)``.
-        late: told of a reply that came too late, once per call.
         broken: told of an error of the background thread itself.
     """
 
@@ -64,24 +54,20 @@ class Receiver:
         channel: DriverChannel,
         calls: Calls,
         lock: threading.Lock,
-        pids: Mapping[int, int],
+        answers: Answers,
         handlers: Mapping[int, Handler],
         *,
-        finish: Callable[[Entry], None],
         settle: Callable[[Sequence[Entry]], None],
-        progress: Callable[[int, int, int, str], None],
-        late: Callable[[int, str], None],
         broken: Callable[[Exception], None],
     ) -> None:
-        self._channel, self._calls, self._lock, self._pids = channel, calls, lock, pids
-        self._finish, self._settle, self._progress, self._late = finish, settle, progress, late
-        self._broken = broken
+        self._channel, self._calls, self._lock, self._answers = channel, calls, lock, answers
+        self._settle, self._broken = settle, broken
         self._pace = Pace(channel.geometry.spin_s)  # of whoever leads
         whole = len(channel.remote_ranks) == channel.geometry.world_size
         self._remote = len(channel.remote_ranks) if whole else -1  # ranks of a call that all ranks can acknowledge
         self._leader: dict[None, object] = {}  # who leads: taken by one `setdefault`, given up by one `pop`
         self._followers: deque[Entry] = deque()
-        self._todo: deque[Callable[[], object]] = deque()  # led to by replies; appended by the leader, popped by anyone
+        self._todo = answers.todo
         self._armed: bool | None = False  # the background thread listens to the bell
         self._wake_at = math.inf  # when the background thread wakes by itself
         self._stopped = False
@@ -124,11 +110,11 @@ class Receiver:
 
     def _wait_once(self, entry: Entry) -> bool:
         """Whether ``entry`` is finished, after a wait in which something may have happened."""
-        leader = self._leader
+        leader, alone = self._leader, get_ident() == _MAIN
         try:
-            if self._may_lead() and leader.setdefault(None, entry) is entry:
+            if (not alone or len(self._calls.in_flight) <= 1) and leader.setdefault(None, entry) is entry:
                 if not entry.finished:  # else the channel may be gone
-                    self._lead(entry)
+                    self._lead(entry, alone)
             else:
                 self._follow(entry)
         finally:  # also when Ctrl-C comes between any two lines
@@ -156,9 +142,13 @@ class Receiver:
                 self._arm(on=True)
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
 
-    def _lead(self, entry: Entry) -> None:
-        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead."""
-        channel, todo, pace, alone = self._channel, self._todo, self._pace, get_ident() == _MAIN
+    def _lead(self, entry: Entry, alone: bool) -> None:
+        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead.
+
+        Args:
+            alone: only while no other call is in flight.
+        """
+        channel, todo, pace = self._channel, self._todo, self._pace
         look, clock, give_way, in_flight = channel.look, time.monotonic, os.sched_yield, self._calls.in_flight
         channel.stay_awake()
         complete = channel.acked_by_all(entry.id) if len(entry.call.ranks) == self._remote else None
@@ -167,7 +157,7 @@ class Receiver:
             if (words := look()) is not None:
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
                 others = len(in_flight) > 1
-                if words == complete and not others and self._close_only(entry, words):
+                if words == complete and not others and self._answers.close_only(entry, words):
                     break
                 if alone and others:
                     return
@@ -188,14 +178,6 @@ class Receiver:
                 pace.woken(clock())
         if pace.slept:
             pace.came = clock()
-
-    def _close_only(self, entry: Entry, words: Words) -> bool:
-        """Closes ``entry``, which ``words`` say all ranks have acknowledged, if it is the only call: `_process`, but sooner."""
-        with self._lock:
-            if not self._calls.close_only(entry):
-                return False
-        self._channel.consume(words)
-        return True
 
     def _may_lead(self) -> bool:
         return get_ident() != _MAIN or len(self._calls.in_flight) <= 1
@@ -263,64 +245,9 @@ class Receiver:
                 return
             act()
 
-    # Replies
-
     def _process(self, words: Words) -> None:
-        """Takes what the ranks have answered, as `DriverChannel.look` has found it. The leader's alone."""
-        channel, calls = self._channel, self._calls
-        taken: Sequence[Taken] = ()
-        if replies := channel.replies(words):
-            taken = [found for reply in replies if (found := self._take(*reply)) is not None]
-        with self._lock:
-            closed = self._record(taken) if taken else []
-            closed += calls.acknowledge(channel.acks(words))
-            if calls.gated:
-                self.open_gates()
-        for entry in closed:
-            if entry.late is not None:
-                self._todo.append(functools.partial(self._late, entry.late, entry.call.name))
-            elif entry.future is not None or entry.waiter is not None:
-                self.deliver(entry)
-        # After recording: interrupted in between, a reply is read again and recognised.
-        channel.consume(words)
-
-    def _take(self, rank: int, number: int) -> Taken | None:
-        """A reply from a ring; None for one that is no answer."""
-        channel = self._channel
-        header = channel.take(rank, number)
-        call_id, status, has_body = header[:3]
-        if not has_body:
-            return rank, call_id, None, None
-        answer = channel.open(rank, number, header)
-        if status == Status.PROGRESS:
-            self._todo.append(functools.partial(self._progress, rank, *messages.decode(answer.body, answer.format)))
-            return None
-        name = self._calls.name_of(call_id) or "?"
-        return rank, call_id, *decoded(answer, self._pids.get(rank, 0), name)
-
-    def _record(self, taken: Sequence[Taken]) -> list[Entry]:
-        """Under the lock: tells the calls of values and failures. The entries that nobody owes any more."""
-        closed: list[Entry] = []
-        for rank, call_id, value, failure in taken:
-            if failure is None:
-                closed += self._calls.value(rank, call_id, value)
-            else:
-                closed += self._calls.error(call_id, failure, time.monotonic())
-                self._todo.append(self.look_again)  # it may have to be held back
-        return closed
-
-    def open_gates(self) -> None:
-        """Under the lock: lets ranks start calls that run on few of them at a time."""
-        for rank, entry in self._calls.grants():
-            if entry.number is not None and rank in self._channel.remote_ranks:
-                self._channel.open_gate(rank, entry.number)
-
-    def deliver(self, entry: Entry) -> None:
-        """Wakes the caller of a finished entry, or leaves its future to be finished by `act`."""
-        if entry.future is not None:
-            self._todo.append(functools.partial(self._finish, entry))
-        elif entry.waiter is not None:
-            entry.waiter.set()
+        if self._answers.process(words):
+            self._todo.append(self.look_again)  # an error may have to be held back
 
     # The background thread
 

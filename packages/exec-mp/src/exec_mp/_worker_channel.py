@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import struct
 import threading
 import time
 
@@ -12,8 +13,8 @@ from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._channel import EXIT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, REQUEST_FIELDS, Incoming, rings
-from exec_mp._layout import IN_ORDER, REPLY_HEAD, Geometry, Shared, fence, write_body
+from exec_mp._channel import EXIT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, Incoming, rings
+from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
 
 _NO_BODY = memoryview(b"")
@@ -29,13 +30,15 @@ class WorkerChannel:
         self._shared = shared = Shared(fd, geometry)
         self._view, self._words, size = shared.view, shared.words, geometry.world_size
         self._bell, self._driver_bell = bell, driver_bell
-        self._mask_word, self._mask_bit = 1 + rank // 64, rank % 64
-        self._wants_word, self._fields = self._mask_word + geometry.mask_words, 8 * (1 + 2 * geometry.mask_words)
-        self._slots, self._requests, self._request_slot = geometry.slots, geometry.requests, geometry.request_slot
+        before, after = 8 * (rank // 64), 8 * (geometry.mask_words - 1 - rank // 64)  # bytes of masks for other ranks
+        self._head = struct.Struct(f"<{before}xQ{after + before}xQ{after}x{REQUEST}")
+        self._bit = 1 << rank % 64
+        self._slots = geometry.slots
+        self._numbers = [(geometry.requests + slot * geometry.request_slot) // 8 for slot in range(geometry.slots)]
         self._request_head, self._reply_slot = geometry.request_head, geometry.reply_slot
         self._inline_bytes = geometry.inline_bytes
         self._read = self._replied = 0
-        self._word = self._requests // 8  # where the next request's number appears
+        self._word = self._numbers[0]  # where the next request's number appears
         self._at = {row: shared.word(row, rank) for row in range(_layout.GATE + 1)}
         self._current, self._since = self._at[_layout.CURRENT_CALL], self._at[_layout.SINCE_NS]
         self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
@@ -54,18 +57,18 @@ class WorkerChannel:
 
     def next(self) -> Incoming:
         """The next request for this rank, which it is shown to be in from now on. Skips those for others."""
-        words, view = self._words, self._view
+        words, view, bit = self._words, self._view, self._bit
         while True:
             word = self._word
             if words[word] <= self._read:
                 self._await(word, self._read + 1)
             if not IN_ORDER:
                 fence()
-            if words[word + self._mask_word] >> self._mask_bit & 1:
+            slot = 8 * word
+            runs, wants, call_id, flags, nbytes, fmt, position, block, padded = self._head.unpack_from(view, slot + 8)
+            if runs & bit:
                 break
             self.done_reading()
-        slot = 8 * word
-        call_id, flags, nbytes, fmt, position, block, padded = REQUEST_FIELDS.unpack_from(view, slot + self._fields)
         if flags & GATED:
             self._await(self._at[_layout.GATE], self._read + 1)
         name = self._names.get(padded)
@@ -73,15 +76,14 @@ class WorkerChannel:
             name = self._names[padded] = padded.rstrip(b"\0").decode()
         words[self._since] = time.monotonic_ns()
         words[self._current] = call_id
-        wants_value = words[word + self._wants_word] >> self._mask_bit & 1 == 1
         if not nbytes:
-            return call_id, name, _NO_BODY, False, fmt, wants_value, flags & EXIT != 0
+            return call_id, name, _NO_BODY, False, fmt, wants & bit != 0, flags & EXIT != 0
         if position:
             body = self._body(position, nbytes, block, flags)
         else:
             start = slot + self._request_head
             body = view[start : start + nbytes]
-        return call_id, name, body, position != 0, fmt, wants_value, False
+        return call_id, name, body, position != 0, fmt, wants & bit != 0, False
 
     def _body(self, position: int, nbytes: int, block: int, flags: int) -> memoryview:
         """The message in an arena block, in memory of this rank's own."""
@@ -97,7 +99,7 @@ class WorkerChannel:
     def done_reading(self) -> None:
         """The request is copied out or held; its slot may be used again."""
         self._read = read = self._words[self._position] = self._read + 1
-        self._word = (self._requests + read % self._slots * self._request_slot) // 8
+        self._word = self._numbers[read % self._slots]
 
     def _await(self, word: int, value: int) -> None:
         """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps."""

@@ -75,9 +75,9 @@ class SpmdLoop(ExecutionLoop):
     def start(self) -> Future[Any]:
         self._executor.collective_rpc("start_worker_execution_loop", ranks=[])  # on nobody: raises if it is not open
         with self._lock:
-            if self._running:
+            if self.running:
                 raise self._busy("start_worker_execution_loop", "the loop runs already")
-            self._running, self._ended = True, Future()
+            self.running, self._ended = True, Future()
         self._ended.set_running_or_notify_cancel()
         return self._ended
 
@@ -86,7 +86,7 @@ class SpmdLoop(ExecutionLoop):
             return self._executor.submit_step("execute_model", request, range(self._executor.world_size))
         step: Future[Any] = Future()
         with self._lock:
-            running, self._running = self._running, False
+            running, self.running = self.running, False
         if running:
             self._ended.set_result([])
         step.set_result(None)
