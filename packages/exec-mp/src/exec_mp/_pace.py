@@ -78,4 +78,4 @@ class Pace:
     def _margin(self) -> float | None:
         """How much earlier or later than usual it may well come; None: it cannot be foreseen."""
         most_s = min(self.spin_s, self._usual_s * _SHARE)
-        return None if self._error_s > most_s else min(2 * self._error_s + _LEAST_S, most_s / 2)
+        return None if self._error_s > most_s else min(4 * self._error_s + _LEAST_S, 0.75 * most_s)
