@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +78,16 @@ def run_job(
             pytest.fail(f"not done after {timeout_s:g} s:\n{output}")
     assert [] == processes_of_session(process.pid)
     assert [] == [path.name for path in temporary.iterdir() if not path.name.startswith("torchelastic_")]
+    return Job(process.returncode, recorded(Path(environ["RECORDS"])), output)
+
+
+def recorded(directory: Path) -> dict[int, dict[str, Any]]:
+    """What each rank recorded there so far."""
     ranks: dict[int, dict[str, Any]] = {}
     for file in directory.glob("rank-*.jsonl"):
         for line in file.read_text().splitlines():
             ranks.setdefault(int(file.stem.removeprefix("rank-")), {}).update(json.loads(line))
-    return Job(process.returncode, ranks, output)
+    return ranks
 
 
 @pytest.fixture(scope="session")
@@ -97,5 +104,28 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         job = run_job(tmp_path_factory.mktemp("records"), [*launcher, os.fspath(PROGRAMS / program), *args], **how)
         assert succeeds is (job.returncode == 0), job.output
         return job
+
+    return launch
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path) -> Callable[..., dict[int, dict[str, Any]]]:
+    """``by_hand(world_size, ranks, program, *args)`` runs these ranks of a world with no launcher: what they recorded."""
+
+    def launch(world_size: int, ranks: Sequence[int], program: str, *args: str) -> dict[int, dict[str, Any]]:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RECORDS": os.fspath(tmp_path)}
+        world.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size)))
+
+        def run(rank: int) -> Job:
+            env = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return run_job(tmp_path / str(rank), [sys.executable, os.fspath(PROGRAMS / program), *args], env)
+
+        with ThreadPoolExecutor(world_size) as pool:
+            jobs = list(pool.map(run, ranks))
+        assert [0] * len(ranks) == [job.returncode for job in jobs], "\n".join(job.output for job in jobs)
+        return recorded(tmp_path)
 
     return launch

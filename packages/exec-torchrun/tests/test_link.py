@@ -18,14 +18,14 @@ import pytest
 import torch.distributed as dist
 
 from exec_core import WorkerStartupError
-from exec_torchrun import _meeting
+from exec_torchrun import _sockets, _store
 from exec_torchrun._env import LauncherEnv
 from exec_torchrun._frames import Connection, Frame, Kind
 from exec_torchrun._hub import Hub
 from exec_torchrun._link import Describe, Link, Member, no_call
 from exec_torchrun._meeting import Meeting, Report, meet
 from exec_torchrun._page import HAS_PAGE, SPIN_S, Page
-from exec_torchrun._sockets import Address
+from exec_torchrun._sockets import Address, Patience
 
 Run = Callable[..., Future[Any]]
 
@@ -41,7 +41,7 @@ def run() -> Iterator[Run]:
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The launcher's store, in this process."""
     store = dist.HashStore()  # type: ignore[attr-defined] # public
-    monkeypatch.setattr(_meeting, "_store", lambda env, deadline: store)
+    monkeypatch.setattr(_store, "_find", lambda env, patience: store)
     return store
 
 
@@ -50,9 +50,10 @@ def env(rank: int, world_size: int = 4, replica_size: int = 2, one_machine: bool
     return LauncherEnv(rank, world_size, rank, world_size if one_machine else None, "localhost", 1, replica_size)
 
 
-def meet_as(place: LauncherEnv, name: str = "0-0", seconds: float = 10.0) -> Meeting:
+def meet_as(place: LauncherEnv, name: str = "0-0", seconds: float = 10.0, patience: Patience | None = None) -> Meeting:
     """One rank's part in a meeting."""
-    return meet(place, name, Report(place.rank, 1000 + place.rank, "config"), time.monotonic() + seconds, 1.0)
+    patience = patience or Patience(time.monotonic() + seconds)
+    return meet(place, name, Report(place.rank, 1000 + place.rank, "config"), patience, 1.0)
 
 
 @pytest.fixture(params=["page", "sockets"])
@@ -125,7 +126,8 @@ def test_what_an_earlier_attempt_left_is_not_believed(run: Run, store: Any) -> N
 
 def test_a_rank_that_does_not_come_is_named(run: Run, store: Any) -> None:
     """After the start's time those who came are told who did not."""
-    futures = [run(meet_as, env(rank, 4, 2), seconds=0.5) for rank in (0, 1, 3)]
+    # Rank 0 says who is missing when its own time is over: the others still listen then, however late it gets to run.
+    futures = [run(meet_as, env(rank, 4, 2), seconds=10.0 if rank else 1.0) for rank in (0, 1, 3)]
     for future in futures:
         with pytest.raises(WorkerStartupError, match="rank 2 failed in launch: has not come"):
             future.result(20)
@@ -139,6 +141,26 @@ def test_a_rank_that_comes_twice_is_named(run: Run, store: Any) -> None:
     for future in futures[1:]:
         with pytest.raises(WorkerStartupError):
             future.result(20)
+
+
+def test_a_first_rank_that_gives_up_tells_those_who_came(run: Run, store: Any) -> None:
+    """They do not wait for longer than it does."""
+    patience = Patience(time.monotonic() + 30)
+    host = run(meet_as, env(0, 3, 1), patience=patience)
+    store.wait(["exec-torchrun/0-0"], datetime.timedelta(seconds=10))
+    visitor = _sockets.try_connect(
+        pickle.loads(store.get("exec-torchrun/0-0")), 1, pickle.dumps(Report(1, 1001, "config"))
+    )
+    assert visitor is not None
+    patience.give_up()
+    told = _sockets.receive(visitor, Patience(time.monotonic() + 10))
+    visitor.close()
+
+    assert told is not None
+    problem, _, _ = pickle.loads(told.parts[0][1])
+    assert (0, "was shut down while the ranks were meeting") == problem
+    with pytest.raises(WorkerStartupError, match="rank 0 failed in launch: was shut down"):
+        host.result(10)
 
 
 def test_strangers_are_not_let_in(run: Run, store: Any) -> None:

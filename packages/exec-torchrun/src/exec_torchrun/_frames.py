@@ -168,10 +168,8 @@ class Connection(_Frames):
         with contextlib.suppress(OSError):
             socket.send_fds(self.sock, [b"f"], [fd])
 
-    def receive_descriptor(self, deadline: float) -> int | None:
-        """What `send_descriptor` sent, before any frame; None when it does not come by ``deadline``."""
-        if not wait_readable(self.sock, deadline - time.monotonic()):
-            return None
+    def receive_descriptor(self) -> int | None:
+        """What `send_descriptor` sent, before any frame, once the socket is readable; None when nothing has come."""
         _, fds, _, _ = socket.recv_fds(self.sock, 1, 1)
         return fds[0] if fds else None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import secrets
 import socket
@@ -21,7 +22,9 @@ from exec_torchrun._frames import Connection, Frame, Kind, wait_readable
 
 HELLO_S = 10.0  # for a connected process to say HELLO
 RETRY_S = 0.005
-_WARNING_S = 0.2  # how often a listener asks for a warning
+_LOOK_S = 0.1  # how often who waits looks whether it is to give up, or has been warned
+_PROBE_S = 0.5  # for somebody who listens to take a connection
+GAVE_UP = "was shut down while the ranks were meeting"
 
 Problem = tuple[int, str] | bytes | None  # a rank and what about it, or an error of its own, pickled
 
@@ -37,6 +40,37 @@ class Address:
 
     places: tuple[tuple[str, int] | bytes, ...]
     secret: bytes
+
+
+class Patience:
+    """Until when a rank waits for the others, unless another thread has it give up before.
+
+    Args:
+        deadline: when it ends (monotonic).
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self.given_up = False
+
+    def give_up(self) -> None:
+        """Ends it now. No lock: it may be called in a signal handler, above the thread that waits."""
+        self.given_up = True
+
+    @property
+    def left_s(self) -> float:
+        """What is left of it, in seconds; 0 when it has ended."""
+        return 0.0 if self.given_up else max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def left(self) -> datetime.timedelta:
+        """The same as torch's stores take it: never nothing, never for ever."""
+        return datetime.timedelta(seconds=min(max(0.001, self.left_s), 10**8))
+
+    def check(self, rank: int) -> None:
+        """Raises `WorkerStartupError` of ``rank``, which waits, if it has been given up."""
+        if self.given_up:
+            raise WorkerStartupError(rank, "launch", GAVE_UP)
 
 
 def listen(env: LauncherEnv, stack: contextlib.ExitStack) -> tuple[socket.socket, Address]:
@@ -71,27 +105,29 @@ def accept(
     listener: socket.socket,
     secret: bytes,
     expected: Collection[int],
-    deadline: float,
+    patience: Patience,
     warning: Callable[[], bytes | None] = lambda: None,
 ) -> tuple[dict[int, tuple[Connection, Frame]], Problem]:
     """Connections of the ``expected`` with their HELLO, and what went wrong; ``warning`` is asked while there is time.
 
     Args:
         secret: what a visitor must know; who does not is sent away.
-        deadline: until when to wait for them (monotonic).
+        patience: how long to wait for them. Given up, it is the listener itself, number 0, that something is wrong with.
         warning: says, when there is one, why somebody cannot come.
     """
     came: dict[int, tuple[Connection, Frame]] = {}
     while len(came) < len(expected):
-        if not wait_readable(listener, min(_WARNING_S, deadline - time.monotonic())):
+        if not wait_readable(listener, min(_LOOK_S, patience.left_s)):
             if (said := warning()) is not None:
                 return came, said
-            if time.monotonic() < deadline:
+            if patience.left_s:
                 continue
+            if patience.given_up:
+                return came, (0, GAVE_UP)
             missing = [number for number in expected if number not in came]
             return came, (missing[0], f"has not come to the ranks' first meeting; missing: {missing}")
         connection = Connection(listener.accept()[0])
-        hello = connection.receive(time.monotonic() + HELLO_S)
+        hello = receive(connection, patience, HELLO_S)
         if hello is None or hello.kind is not Kind.HELLO or hello.parts[0][1] != secret or hello.turn not in expected:
             connection.close()
         elif hello.turn in came:
@@ -100,6 +136,23 @@ def accept(
         else:
             came[hello.turn] = connection, hello
     return came, None
+
+
+def receive(connection: Connection, patience: Patience, at_most_s: float = math.inf) -> Frame | None:
+    """The next frame; None when patience ends before it comes, after ``at_most_s`` seconds, or when no more will come."""
+    until = time.monotonic() + at_most_s
+    while (frame := connection.receive(0.0)) is None and not connection.ended:  # looks for a while all the same
+        if not patience.left_s or time.monotonic() >= until:
+            break
+    return frame
+
+
+def receive_descriptor(connection: Connection, patience: Patience) -> int | None:
+    """What `Connection.send_descriptor` sent; None when patience ends before it comes."""
+    while not wait_readable(connection.sock, min(_LOOK_S, patience.left_s)):
+        if not patience.left_s:
+            return None
+    return connection.receive_descriptor()
 
 
 def try_connect(address: Address, number: int, body: bytes) -> Connection | None:
@@ -124,28 +177,9 @@ def _connected(place: tuple[str, int] | bytes) -> socket.socket:
     return sock
 
 
-def connect(address: Address, number: int, body: bytes, deadline: float) -> Connection:
-    """`try_connect` until somebody is there.
-
-    Raises:
-        WorkerStartupError: nobody is, by ``deadline`` (monotonic).
-    """
-    while (connection := try_connect(address, number, body)) is None:
-        pause(deadline, 0)
-    return connection
-
-
-def pause(deadline: float, rank: int) -> None:
-    """A moment, before ``rank`` is looked for again.
-
-    Raises:
-        WorkerStartupError: it is past ``deadline`` (monotonic).
-    """
-    if time.monotonic() >= deadline:
-        raise WorkerStartupError(rank, "launch", "cannot be reached for the ranks' first meeting")
-    time.sleep(RETRY_S)
-
-
-def remaining(deadline: float) -> datetime.timedelta:
-    """What is left until ``deadline`` (monotonic), as torch's stores take it: never nothing, never for ever."""
-    return datetime.timedelta(seconds=min(max(0.001, deadline - time.monotonic()), 10**8))
+def is_answered(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    with contextlib.suppress(OSError, OverflowError):
+        socket.create_connection((host, port), timeout=_PROBE_S).close()
+        return True
+    return False

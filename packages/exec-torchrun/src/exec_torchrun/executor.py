@@ -19,11 +19,14 @@ from exec_core.context import WorkerInit
 from exec_core.devices import Placement
 from exec_core.errors import ConfigError, ExecutorError
 from exec_core.executor import Executor
+from exec_core.lifecycle import State
 from exec_torchrun._env import LauncherEnv, read_env
 from exec_torchrun._group import SpmdGroup, SpmdLoop
 from exec_torchrun._guard import GuardedWrapper
-from exec_torchrun._meeting import Meeting, Report, meet, warn_others
+from exec_torchrun._meeting import Meeting, Report, meet
 from exec_torchrun._plan import Plan, diverged
+from exec_torchrun._sockets import Patience
+from exec_torchrun._store import warn_others
 
 _numbers = itertools.count()  # of this process's executors: all ranks make theirs in the same order
 _exiting = False
@@ -57,6 +60,7 @@ class ExecutorWithExternalLauncher(Executor):
 
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
         self._number = next(_numbers)
+        self._patience: Patience | None = None  # of the start in progress, or the last one
         super().__init__(config, on_progress=on_progress)
 
     def _reset(self) -> None:
@@ -65,13 +69,16 @@ class ExecutorWithExternalLauncher(Executor):
 
     def _launch(self, deadline: float) -> SpmdGroup:
         name = f"{self._number}-{self.generation}"
+        patience = self._patience = Patience(deadline)
+        if self.state is not State.STARTING:  # shut down before there was anything to interrupt
+            patience.give_up()
         try:
             env = read_env(self._config.parallel)
         except ConfigError as wrong:
-            warn_others(name, b"".join(messages.encode_error(wrong).parts))
+            warn_others(name, b"".join(messages.encode_error(wrong).parts), patience)
             raise
         report, placement = self._report(env)
-        meeting = meet(env, name, report, deadline, self.error_grace_s)
+        meeting = meet(env, name, report, patience, self.error_grace_s)
         try:
             self._check(meeting)
             assert placement is not None  # or the report had an error
@@ -87,6 +94,10 @@ class ExecutorWithExternalLauncher(Executor):
             if meeting.link is not None:
                 meeting.link.close()
             raise
+
+    def _interrupt_launch(self) -> None:
+        if self._patience is not None:
+            self._patience.give_up()
 
     def _report(self, env: LauncherEnv) -> tuple[Report, Placement | None]:
         """What the other ranks have to know of this one before anything is started: above all, why it cannot."""
