@@ -289,11 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process without the interpreter's own end.
-
-    Where an optimizer is used, torch keeps gloo's threads beyond `destroy_process_group`. One that lets go of its last tensor
-    while the interpreter ends is ended in the middle of C++ code, which aborts the whole process.
-    """
+    """Ends this process, but not the interpreter: a thread that gloo still has, holding a tensor, would abort its end."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
