@@ -69,6 +69,18 @@ def test_only_call_that_has_failed_keeps_its_error() -> None:
         entry.outcome()
 
 
+def test_interrupted_acknowledgement_is_taken_up_again() -> None:
+    """What Ctrl-C has cut short between noting who has answered and closing the call is finished by the next look."""
+    calls = Calls(4, 2)
+    entry = opened(calls)
+    calls._acks = (entry.id, entry.id)
+    calls.abandon(entry, KeyboardInterrupt())
+
+    assert [entry] == calls.acknowledge((entry.id, entry.id))
+    assert entry.late in (0, 1)
+    assert {} == calls.in_flight
+
+
 def test_given_up_call_is_not_closed_as_the_only_one() -> None:
     """Its answers are late ones, which somebody is told of."""
     calls = Calls(4, 2)

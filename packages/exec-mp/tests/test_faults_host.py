@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -229,6 +230,47 @@ def test_interrupts_at_any_moment(launch: Launch) -> None:
 
     assert 300 == answered + interrupted
     assert interrupted > 0
+
+
+def test_interrupts_while_other_threads_call(launch: Launch) -> None:
+    """Ctrl-C in the main thread leaves the calls of other threads alone, blocking ones and futures."""
+    executor = launch(2)
+    stop = threading.Event()
+
+    def call(thread: int) -> int:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            sent: tuple[int, int] = (thread, number)
+            future = executor.collective_rpc("where", 30.0, args=(sent,), non_block=True)
+            assert [(0, number), (1, number)] == executor.collective_rpc("where", 30.0, args=(number,))
+            assert [None, None] == executor.collective_rpc("check_health", 30.0)
+            assert [(0, sent), (1, sent)] == future.result(30)
+        return number
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(call, thread) for thread in range(2)]
+        try:
+            for number in range(2000):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + number % 100))
+                    try:
+                        for i in range(50):
+                            assert [(0, i), (1, i)] == executor.collective_rpc("where", 30.0, args=(i,))
+                            assert [None, None] == executor.collective_rpc("check_health", 30.0)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            stop.set()
+
+    assert all(one.result() > 0 for one in calls)
+    assert interrupted > 0
+    assert [(0, 7), (1, 7)] == executor.collective_rpc("where", 30.0, args=(7,))
 
 
 def test_host_logging_that_raises(launch: Launch) -> None:

@@ -152,7 +152,8 @@ class Calls:
             if call_id <= low or not self.owing(entry):
                 closed.append(entry)
                 if entry.finished:
-                    entry.late = next(r for r in entry.call.ranks if before[r] < call_id and r not in entry.values)
+                    late = (rank for rank in entry.call.ranks if before[rank] < call_id and rank not in entry.values)
+                    entry.late = next(late, entry.call.ranks[0])  # none is left when Ctrl-C has cut this short before
         for entry in closed:
             self._close(entry)
         return closed
