@@ -194,9 +194,7 @@ def test_call_by_name_without_arguments_is_empty() -> None:
     name, encoded = messages.encode_call(Request("load"))
 
     assert (b"load", 0) == (name, encoded.nbytes)
-    assert Request("load", wants_value=False) == messages.decode_call(
-        "load", body(encoded), encoded.format, wants_value=False
-    )
+    assert ("load", (), {}) == messages.decode_call("load", body(encoded), encoded.format)
 
 
 def test_call_by_name() -> None:
@@ -204,9 +202,7 @@ def test_call_by_name() -> None:
     name, encoded = messages.encode_call(Request("load", (1,), {"k": 2}))
 
     assert b"load" == name
-    assert Request("load", (1,), {"k": 2}) == messages.decode_call(
-        "load", body(encoded), encoded.format, wants_value=True
-    )
+    assert ("load", (1,), {"k": 2}) == messages.decode_call("load", body(encoded), encoded.format)
 
 
 @pytest.mark.parametrize("method", ["", "n" * 57, "\u00fc" * 29, "load\0", "load model", "\ud800"])
@@ -216,13 +212,13 @@ def test_odd_name_travels_in_the_body(method: str) -> None:
         name, encoded = messages.encode_call(request)
 
         assert b"" == name
-        assert request == messages.decode_call("", body(encoded), encoded.format, wants_value=True)
+        assert request == Request(*messages.decode_call("", body(encoded), encoded.format))
 
 
 def test_callable_travels_in_the_body() -> None:
     """A callable has no name on the wire, and its own name for people."""
     name, encoded = messages.encode_call(Request(lambda worker, x: worker + x, (1,)))
-    request = messages.decode_call("", body(encoded), encoded.format, wants_value=True)
+    request = Request(*messages.decode_call("", body(encoded), encoded.format))
 
     assert b"" == name
     assert callable(request.method)

@@ -63,7 +63,8 @@ def test_only_call_that_has_failed_keeps_its_error() -> None:
     calls = Calls(4, 2)
     entry = opened(calls)
     calls.error(entry.id, failure(0), now=0.0)
-    assert calls.close_only(entry)
+    assert not calls.close_only(entry)
+    assert [entry] == calls.acknowledge((entry.id, entry.id))
 
     with pytest.raises(ValueError, match="wrong"):
         entry.outcome()

@@ -16,7 +16,7 @@ import torch
 
 from exec_core import messages
 from exec_core.errors import MessageTooLargeError
-from exec_mp._channel import NOTHING
+from exec_mp._channel import EXIT, GATED, NOTHING
 from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._layout import Geometry
 from exec_mp._worker_channel import WorkerChannel
@@ -44,8 +44,10 @@ class Ends:
 
     def receive(self, rank: int) -> Any:
         """What the next request for ``rank`` carries."""
-        _, _, body, owned, fmt, _, _ = self.workers[rank].next()
-        value = messages.decode(body, fmt, owned=owned)
+        body = self.workers[rank].next()[3]
+        assert body is not None
+        value = messages.decode(*body)
+        del body
         self.workers[rank].done_reading()
         return value
 
@@ -65,8 +67,8 @@ class Ends:
 
     def up_to(self, rank: int, number: int) -> Words:
         """The words as they were when so many replies of ``rank`` had come, and of the others those that were taken."""
-        half = len(self.driver._seen) // 2
-        acks, taken = self.driver._seen[:half], self.driver._seen[half:]
+        half = len(self.driver.seen) // 2
+        acks, taken = self.driver.seen[:half], self.driver.seen[half:]
         return acks, taken[: 8 * rank] + struct.pack("<Q", number) + taken[8 * rank + 8 :]
 
     def rung(self) -> bool:
@@ -108,9 +110,10 @@ def test_request_carries_everything(ends: Ends) -> None:
     ends.driver.publish(7, b"load", messages.encode((1, "x")), (0, 1), (1,))
     wanted = []
     for rank in (0, 1):
-        call_id, name, body, _, fmt, wants_value, exits = ends.workers[rank].next()
-        assert (7, "load", (1, "x"), False) == (call_id, name, messages.decode(body, fmt), exits)
-        wanted.append(wants_value)
+        call_id, name, wants_value, body = ends.workers[rank].next()
+        assert body is not None
+        assert (7, "load", (1, "x")) == (call_id, name, messages.decode(*body))
+        wanted.append(wants_value != 0)
         ends.workers[rank].done_reading()
 
     assert [False, True] == wanted
@@ -247,8 +250,8 @@ def test_more_ranks_than_bits_in_a_word() -> None:
         ends.driver.publish(2, b"load", messages.encode("all"), tuple(range(130)), (0, 64))
         got = {}
         for rank in (63, 129, 0, 64):
-            call_id, _, _, _, _, wants_value, _ = ends.workers[rank].next()
-            got[rank] = call_id, wants_value
+            call_id, _, wants_value, _ = ends.workers[rank].next()
+            got[rank] = call_id, wants_value != 0
             ends.workers[rank].done_reading()
         for rank in (129, 64):
             ends.answer(rank, rank)
@@ -261,7 +264,7 @@ def test_more_ranks_than_bits_in_a_word() -> None:
 def test_gated_request_waits_for_its_gate(ends: Ends) -> None:
     """A gated request starts when its gate opens; the gate of a later one includes it."""
     body = messages.encode("x")
-    numbers = [ends.driver.publish_gated(n, b"load", body, (0, 1), ()) for n in (1, 2)]
+    numbers = [ends.driver.publish(n, b"load", body, (0, 1), (), GATED) for n in (1, 2)]
     got: list[int] = []
 
     def read() -> None:
@@ -317,16 +320,31 @@ def test_acknowledgements_of_one_call_are_known_beforehand(ends: Ends) -> None:
     """What all ranks' acknowledgements look like together, which a reply of any rank changes."""
     complete = ends.driver.acked_by_all(8)
     ends.workers[1].acknowledge(8)
-    assert complete != ends.driver.look()
+    assert complete != ends.driver.glance()
     ends.workers[0].acknowledge(8)
-    assert complete == ends.driver.look()
-    assert not ends.driver.has_replies(complete)
+    assert complete == ends.driver.glance()
+    words = ends.driver.words(complete)
+    assert not ends.driver.has_replies(words)
+    ends.driver.consume(words)
+    assert complete == ends.driver.seen
+    assert ends.driver.look() is None
     ends.answer(0, "value", call_id=9)
 
-    words = ends.driver.look()
-    assert words is not None
-    assert complete != words
+    words = ends.driver.words(ends.driver.glance())
+    assert complete != ends.driver.glance()
     assert ends.driver.has_replies(words)
+
+
+def test_acknowledgements_are_known_beforehand_after_replies_too(ends: Ends) -> None:
+    """Replies that have been taken are part of what is expected."""
+    ends.answer(1, "value")
+    assert "value" == ends.take(1)
+    complete = ends.driver.acked_by_all(8)
+    assert complete != ends.driver.glance()
+    for rank in (0, 1):
+        ends.workers[rank].acknowledge(8)
+
+    assert complete == ends.driver.glance()
 
 
 @pytest.mark.parametrize("acknowledges", [True, False])
@@ -351,9 +369,9 @@ def test_exit_reaches_everyone(ends: Ends) -> None:
     ends.send("last", (1,))
     ends.driver.publish_exit()
 
-    assert ends.workers[0].next()[-1]
+    assert EXIT == ends.workers[0].next()[0]
     assert "last" == ends.receive(1)
-    assert ends.workers[1].next()[-1]
+    assert EXIT == ends.workers[1].next()[0]
 
 
 def test_sleeper_is_woken(ends: Ends) -> None:

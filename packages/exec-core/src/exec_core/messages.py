@@ -291,16 +291,18 @@ def _encode_named(body: tuple[Any, ...], request: Request) -> Encoded:
         raise
 
 
-def decode_call(name: str, buffer: memoryview, fmt: int, wants_value: bool, owned: bool = False) -> Request:
-    """The request that `encode_call` made. Unpickling may raise anything."""
+def decode_call(
+    name: str, buffer: memoryview, fmt: int, owned: bool = False
+) -> tuple[str | Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
+    """Method, arguments and keyword arguments of the request that `encode_call` made. Unpickling may raise anything."""
     if fmt == Format.NONE:
-        return Request(name, wants_value=wants_value)
+        return name, (), NO_KWARGS
     body = pickle.loads(buffer) if fmt == Format.PICKLE else decode(buffer, fmt, owned)
     if name:
         args, kwargs = body
-        return Request(name, args, kwargs, wants_value)
+        return name, args, kwargs
     args, kwargs, method = body
-    return Request(method, args, kwargs, wants_value)
+    return method, args, kwargs
 
 
 def encode_error(error: BaseException, why: str = "", same_program: bool = False) -> Encoded:

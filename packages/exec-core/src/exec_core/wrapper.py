@@ -36,6 +36,7 @@ class _Plain(Worker):
         return self._target.execute_model(request)
 
 
+_OWN = ("init_worker", "update_environment_variables")  # what the wrapper itself does
 _HOOKS = frozenset(name for name in vars(Worker) if not name.startswith("_")) - {"get_model", "execute_model"}
 
 
@@ -91,17 +92,20 @@ class WorkerWrapper:
 
     def execute(self, request: Request) -> Reply:
         """Runs ``request`` and never raises: whatever the worker raises is in the reply."""
+        return self.run(request.method, request.args, request.kwargs)
+
+    def run(self, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reply:
+        """`execute`, without a request."""
         try:
-            value = self._resolve(request.method)(*request.args, **request.kwargs)
+            function = self._resolve(method)
+            value = function(*args, **kwargs) if kwargs else function(*args)
             return DONE if value is None else Reply(value)
         except BaseException as error:
             return Reply.of_error(error)
 
     def _resolve(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
-        if method == "init_worker":
-            return self.init_worker
-        if method == "update_environment_variables":
-            return self.update_environment_variables
+        if method in _OWN:
+            return getattr(self, method)  # type: ignore[arg-type, no-any-return] # one of those names
         if self.context is None:
             raise ExecutorError(f"the worker of rank {self.rank} is not built yet; init_worker comes first")
         if not isinstance(method, str):

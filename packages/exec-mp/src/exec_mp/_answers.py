@@ -25,7 +25,7 @@ Taken = tuple[int, int, object, Failure | None]
 
 
 class Answers:
-    """Tells the calls what has been answered. `process` and `close_only` are for whoever leads, see `exec_mp._receiver`.
+    """Tells the calls what has been answered. `process` is for whoever leads, see `exec_mp._receiver`.
 
     Args:
         lock: guards ``calls``.
@@ -72,14 +72,6 @@ class Answers:
         # After recording: interrupted in between, a reply is read again and recognised.
         channel.consume(words)
         return any(failure is not None for _, _, _, failure in taken)
-
-    def close_only(self, entry: Entry, words: Words) -> bool:
-        """Closes ``entry``, which ``words`` say all ranks have acknowledged, if it is the only call: `process`, but sooner."""
-        with self._lock:
-            if not self._calls.close_only(entry):
-                return False
-        self._channel.consume(words)
-        return True
 
     def _take(self, rank: int, number: int) -> Taken | None:
         """A reply from a ring; None for one that is no answer."""

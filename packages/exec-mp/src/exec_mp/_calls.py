@@ -26,8 +26,10 @@ from exec_core.messages import Failure, first_failure
 DEATH_GRACE_S = 0.02  # an error reply waits so long for a death: a victim's peers often complain before it is reported
 
 
-_NO_FAILURES: list[Failure] = []  # never changed: most calls need no list of their own
-_NOT_GATED: list[int] = []  # likewise
+# Never changed: most calls need none of their own.
+_NO_VALUES: dict[int, Any] = {}
+_NO_FAILURES: list[Failure] = []
+_NOT_GATED: list[int] = []
 
 
 @attrs.define(eq=False)
@@ -42,16 +44,17 @@ class Entry:
         failures: error replies so far.
         settle_at: when a held-back error is final (monotonic seconds).
         ungated: ranks that may not start yet, in order.
-        sent: gates may be opened.
+        sent: all ranks have been told; its gates may be opened.
         finished: ``error`` or ``values`` are final.
         late: a rank that has answered when the call was finished already; set when it is closed.
         waiter: what wakes the blocking caller, where it waits for another thread.
+        job: of rank 0 where that runs here, for a blocking caller.
     """
 
     id: int
     call: Call
     future: Future[Any] | None
-    values: dict[int, Any]
+    values: dict[int, Any] = _NO_VALUES
     number: int | None = None
     failures: list[Failure] = _NO_FAILURES
     settle_at: float = math.inf
@@ -61,6 +64,7 @@ class Entry:
     late: int | None = None
     error: BaseException | None = None
     waiter: Any = None
+    job: Any = None
 
     @property
     def due(self) -> float:
@@ -83,13 +87,18 @@ class Entry:
 
 
 class Calls:
-    """All calls in flight of one generation. The caller serialises access."""
+    """All calls in flight of one generation.
+
+    The caller serialises access, but for two methods that each call needs: `open`, by one sender at a time, and `close_only`,
+    by whoever leads. What they do takes effect in single steps of the interpreter, and the others look at copies.
+    """
 
     def __init__(self, max_in_flight: int, world_size: int) -> None:
         self.max_in_flight = max_in_flight
         self.closed_by: BaseException | None = None  # nothing is opened any more
         self.in_flight: dict[int, Entry] = {}  # by id, oldest first
         self.gated: list[Entry] = []  # those of them that start rank by rank, oldest first
+        self._world_size = world_size
         self._acks: Sequence[int] = (0,) * world_size  # by rank: it has answered its calls up to this id
         self._next = 1
 
@@ -99,10 +108,13 @@ class Calls:
         return self.closed_by is not None or any(entry.failures for entry in list(self.in_flight.values()))
 
     def open(self, call: Call, future: Future[Any] | None) -> Entry | None:
-        """A place for ``call``, or None when `max_in_flight` is reached."""
+        """A place for ``call``, or None when `max_in_flight` is reached. `closed_by` is to be looked at after it.
+
+        A call that runs on few ranks at a time needs the same serialising as the other methods.
+        """
         if len(self.in_flight) >= self.max_in_flight:
             return None
-        entry = Entry(self._next, call, future, {})
+        entry = Entry(self._next, call, future)
         if call.max_concurrent is not None and call.max_concurrent < len(call.ranks):
             entry.ungated = list(call.ranks)
             self.gated.append(entry)
@@ -115,9 +127,13 @@ class Calls:
         self._drop(entry)
 
     def withdraw_unsent(self, call: Call) -> None:
-        """The sending of ``call`` was interrupted, perhaps before anybody knew its entry."""
-        for entry in [entry for entry in self.in_flight.values() if entry.call is call and entry.number is None]:
-            self._drop(entry)
+        """The sending of ``call`` was interrupted, perhaps before anybody knew its entry.
+
+        What some ranks answer all the same is nobody's.
+        """
+        for entry in list(self.in_flight.values()):
+            if entry.call is call and not entry.sent:
+                self._drop(entry)
 
     def _drop(self, entry: Entry) -> None:
         self.in_flight.pop(entry.id, None)
@@ -136,7 +152,7 @@ class Calls:
 
     def late(self, rank: int) -> Call | None:
         """The oldest call that ``rank`` still owes and whose caller has given up on it."""
-        return next((e.call for e in self.in_flight.values() if e.finished and rank in self.owing(e)), None)
+        return next((e.call for e in list(self.in_flight.values()) if e.finished and rank in self.owing(e)), None)
 
     def acknowledge(self, acks: Sequence[int]) -> list[Entry]:
         """Each rank has answered its calls up to the id in ``acks``. The entries that nobody owes any more.
@@ -146,7 +162,7 @@ class Calls:
         before, self._acks = self._acks, acks
         low, high = min(acks), max(acks)
         closed = []
-        for call_id, entry in self.in_flight.items():
+        for call_id, entry in list(self.in_flight.items()):
             if call_id > high:
                 break
             if call_id <= low or not self.owing(entry):
@@ -159,15 +175,18 @@ class Calls:
         return closed
 
     def close_only(self, entry: Entry) -> bool:
-        """All ranks have answered ``entry`` with nothing. False, and nothing is done, unless it is the only call in flight."""
-        if entry.finished or len(self.in_flight) != 1:
+        """All ranks have answered ``entry`` with nothing. False, and nothing is done, unless it is the only call in flight.
+
+        Not for a call that runs on few ranks at a time.
+        """
+        if len(self.in_flight) != 1 or entry.finished or entry.failures:
             return False
-        self._acks = (entry.id,) * len(self._acks)
-        if self.gated or entry.failures:
-            self._close(entry)
-        else:
+        try:  # no call from here on: nothing comes in between
             del self.in_flight[entry.id]
-            entry.finished = True
+        except KeyError:
+            return False
+        entry.finished = True
+        self._acks = (entry.id,) * self._world_size
         return True
 
     def value(self, rank: int, call_id: int, value: Any) -> list[Entry]:
@@ -195,6 +214,8 @@ class Calls:
         return None if entry is None or rank in entry.values or self._acks[rank] >= call_id else entry
 
     def _answered(self, entry: Entry, rank: int, value: Any) -> list[Entry]:
+        if entry.values is _NO_VALUES:
+            entry.values = {}
         entry.values[rank] = value
         if entry.ungated and rank in entry.ungated:  # rank 0 inline waits for no gate
             entry.ungated.remove(rank)
@@ -221,7 +242,7 @@ class Calls:
         return entry
 
     def _futures(self) -> Iterator[Entry]:
-        return (entry for entry in self.in_flight.values() if entry.future is not None and not entry.finished)
+        return (entry for entry in list(self.in_flight.values()) if entry.future is not None and not entry.finished)
 
     def due(self) -> float:
         """When the next future is due (monotonic seconds), infinity for never. Blocking callers watch their own calls."""
@@ -253,7 +274,7 @@ class Calls:
     def close(self, error: BaseException) -> list[Entry]:
         """Nothing is opened any more; every unfinished call finishes with an ``error`` of its own: each is raised by itself."""
         self.closed_by = self.closed_by or error
-        unfinished = [entry for entry in self.in_flight.values() if not entry.finished]
+        unfinished = [entry for entry in list(self.in_flight.values()) if not entry.finished]
         for entry in unfinished:
             self._finish(entry, copy.copy(error))
         self.in_flight.clear()

@@ -35,15 +35,20 @@ from exec_core.messages import Encoded, Format
 SPIN_S = 200e-6  # "auto": catches a prompt answer; see `exec_mp._pace` for what does not come promptly
 
 NOTHING = Encoded((), 0, Format.NONE)
-EXIT, GATED, ONE_READER = 1, 2, 4  # flags of a request
+EXIT = 0  # instead of a call's id: leave
+GATED, ONE_READER = 1, 2  # flags in the kind of a request; without a body there is no other
+FORMAT_SHIFT = 2  # the body's format is above them
 REPLY_FIELDS = struct.Struct("<7Q")  # call id, status, format, body bytes, arena position, block, time in ns
 LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
 _FD_SETSIZE = 1024  # select(2) knows no higher descriptors; poll(2), as Python calls it, counts in milliseconds
 
 
-Incoming = tuple[int, str, memoryview, bool, int, bool, bool]
-"""A request as a worker finds it: call id, method's name, body, whether that is the worker's own (else it is valid until
-`WorkerChannel.done_reading`), its format, whether the value is wanted, whether to leave instead. Not a class: one is
+Body = tuple[memoryview, int, bool]
+"""A request's body: bytes, format, and whether the bytes are the worker's own; else they are valid until
+`WorkerChannel.done_reading`."""
+
+Incoming = tuple[int, str, int, Body | None]
+"""A request as a worker finds it: call id, method's name, whether the value is wanted (not 0), body. Not a class: one is
 made for every call, and a plain tuple costs a fifth."""
 
 Header = tuple[int, int, int, int, int, int, int]

@@ -6,14 +6,15 @@ import os
 import select
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from os import sched_yield
 
 from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._channel import EXIT, GATED, LIMITS, NOTHING, ONE_READER, REPLY_FIELDS, Answer, Header, rings
-from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
+from exec_mp._channel import EXIT, FORMAT_SHIFT, LIMITS, NOTHING, ONE_READER, REPLY_FIELDS, Answer, Header, rings
+from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
 
 Words = tuple[bytes, bytes]
 """What the ranks have answered: their ``ACKS`` and their ``REPLIES``, which were looked at in this order."""
@@ -23,6 +24,10 @@ _MASKS = 256  # remembered; a program chooses among few sets of ranks
 
 class DriverChannel:
     """The driver's end: writes requests, reads the replies of all ranks. One thread publishes at a time, one takes.
+
+    Attributes:
+        glance: all answers' words as they are now.
+        seen: of them, what has been dealt with; for the taking thread, as all that follows `publish` and its kin.
 
     Raises:
         ExecutorError: when the system refuses the memory or the address space.
@@ -42,9 +47,10 @@ class DriverChannel:
         self._reply_rings = [geometry.replies(rank) for rank in range(size)]
         self._reply_slot, self._replies_read = geometry.reply_slot, shared.word(_layout.REPLIES_READ, 0)
         self._slots = geometry.slots
-        self._requests, self._request_slot = geometry.requests, geometry.request_slot
+        self._numbers = [(geometry.requests + slot * geometry.request_slot) // 8 for slot in range(geometry.slots)]
         self._request_head, self._inline_bytes = geometry.request_head, geometry.inline_bytes
-        self._request = struct.Struct(f"<{16 * geometry.mask_words}s{REQUEST}")
+        request = struct.Struct(f"<{16 * geometry.mask_words}s{REQUEST}")
+        self._request, self._body_at = request.pack_into, 8 + request.size
         sleeps = 8 * shared.word(_layout.SLEEPS, 0)
         self._sleeps = shared.view[sleeps : sleeps + 8 * geometry.row]
         self._all_awake = bytes(len(self._sleeps))
@@ -52,7 +58,7 @@ class DriverChannel:
         self._words[self._sleep_word] = 1
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._sent = 0  # requests published; by the publishing thread
-        self._slot = geometry.requests  # position of the next one; likewise
+        self._word = self._numbers[0]  # where the number of the next one goes; likewise
         self._crowded_at = geometry.slots // 2  # requests, from when on it matters who has read how many; likewise
         self._ranks: tuple[int, ...] = ()  # whom `_mask` was made for
         self._reply_ranks: tuple[int, ...] = ()  # likewise
@@ -61,11 +67,13 @@ class DriverChannel:
         acks, replies = 8 * shared.word(_layout.ACKS, 0), 8 * shared.word(_layout.REPLIES, 0)
         self._answers = shared.view[acks : replies + 8 * geometry.row]
         self._replies = shared.view[replies : replies + 8 * geometry.row]
-        self._seen = bytes(len(self._answers))  # what `look` found that has been dealt with; by the taking thread
+        self.seen = bytes(len(self._answers))
         self._size, self._ack_bytes, self._by_rank = size, len(self._replies), struct.Struct(f"<{size}Q")
         self._taken = bytes(len(self._replies))  # of what was seen, the replies in rings
         self._counts = (0,) * size  # the same, by rank
         self._pack_id, self._padding = struct.Struct("<Q").pack, bytes(8 * (geometry.row - size))
+        self._rest = self._padding + self._taken
+        self.glance: Callable[[], bytes] = self._answers.tobytes
         self._poll = select.poll()
         self._poll.register(self.bell, select.POLLIN)
 
@@ -76,37 +84,54 @@ class DriverChannel:
         body: Encoded,
         ranks: tuple[int, ...],
         reply_ranks: tuple[int, ...],
-        flags: int = 0,
+        kind: int = 0,
+        yields: bool = False,
     ) -> int | None:
-        """Sends one request to ``ranks`` and returns its number, or None while there is no room."""
-        number, slot, nbytes = self._sent, self._slot, body.nbytes
-        crowded = number >= self._crowded_at  # then those who skip it must read past it soon, too
-        if crowded and number - self._count_read() >= self._slots:
+        """Sends one request to ``ranks`` and returns its number, or None while there is no room.
+
+        Args:
+            kind: GATED if a rank is to start the call only when `open_gate` says so.
+            yields: gives the processor away at once: a rank may be looking for the request, on this very one.
+        """
+        number, nbytes, view, word = self._sent, body.nbytes, self._view, self._word
+        if number >= self._crowded_at and number - self._count_read() >= self._slots:
             return None
-        position = block = 0
-        if nbytes > self._inline_bytes:
-            place = self._allocate(name, nbytes, ranks)
-            if place is None:
-                return None
-            position, block = place
+        if nbytes:
+            position = block = 0
+            if nbytes > self._inline_bytes:
+                place = self._allocate(name, nbytes, ranks)
+                if place is None:
+                    return None
+                position, block = place
+                if len(ranks) == 1:
+                    kind |= ONE_READER
+            kind |= body.format << FORMAT_SHIFT
+            BODY.pack_into(view, 8 * word + self._body_at, nbytes, position, block)
+            write_body(view, body.parts, position or 8 * word + self._request_head)
         if ranks is not self._ranks or reply_ranks is not self._reply_ranks:
             self._mask = self._masked(ranks, reply_ranks)
             self._ranks, self._reply_ranks = ranks, reply_ranks
-        if len(ranks) == 1:
-            flags |= ONE_READER
-        view = self._view
-        self._request.pack_into(view, slot + 8, self._mask, call_id, flags, nbytes, body.format, position, block, name)
-        if nbytes:
-            write_body(view, body.parts, position or slot + self._request_head)
+        self._request(view, 8 * word + 8, self._mask, call_id, kind, name)
         if not IN_ORDER:
             fence()
-        self._sent = self._words[slot // 8] = number + 1  # Ctrl-C comes after calls only, so not before the next line
-        self._slot = self._requests + (number + 1) % self._slots * self._request_slot
-        with self._in_order:
-            pass
+        self._sent = self._words[word] = number + 1  # Ctrl-C comes after calls only, so not before the next line
+        self._word = self._numbers[(number + 1) % self._slots]
+        if yields:
+            sched_yield()  # a system call orders memory as well
+        else:
+            with self._in_order:
+                pass
         if (sleeps := self._sleeps.tobytes()) != self._all_awake:
-            self._wake(sleeps, self.remote_ranks if crowded else ranks)
+            self._wake(sleeps, ranks)
         return number
+
+    def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
+        """Rings the bells of those of ``ranks`` that sleep."""
+        sleeping = self._by_rank.unpack_from(sleeps)
+        # Those whom the request is not for must read past it soon, too, once it matters who has read how many.
+        for rank in self.remote_ranks if self._sent > self._crowded_at else ranks:
+            if sleeping[rank]:
+                os.eventfd_write(self.bells[rank], 1)
 
     def _allocate(self, name: bytes, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
         """Position and number of a block in the arena; None while there is no room."""
@@ -114,22 +139,9 @@ class DriverChannel:
             raise MessageTooLargeError(repr(name.decode() or "the call"), nbytes, self._arena.limit, LIMITS)
         return self._arena.allocate(nbytes, ranks)
 
-    def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
-        """Rings the bells of those of ``ranks`` that sleep."""
-        sleeping = self._by_rank.unpack_from(sleeps)
-        for rank in ranks:
-            if sleeping[rank]:
-                os.eventfd_write(self.bells[rank], 1)
-
     def publish_exit(self) -> None:
         """Tells all ranks to leave their loops."""
-        self.publish(0, b"exit", NOTHING, self.remote_ranks, (), EXIT)
-
-    def publish_gated(
-        self, call_id: int, name: bytes, body: Encoded, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]
-    ) -> int | None:
-        """`publish`, but a rank starts the call only when `open_gate` says so."""
-        return self.publish(call_id, name, body, ranks, reply_ranks, GATED)
+        self.publish(EXIT, b"exit", NOTHING, self.remote_ranks, ())
 
     def _masked(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...]) -> bytes:
         """One bit per rank for who runs it, then for whose value is wanted."""
@@ -152,9 +164,11 @@ class DriverChannel:
 
     def look(self) -> Words | None:
         """The words that say what the ranks have answered, or None while that is what was `consume`-d last."""
-        seen = self._answers.tobytes()
-        if seen == self._seen:
-            return None
+        seen = self.glance()
+        return None if seen == self.seen else self.words(seen)
+
+    def words(self, seen: bytes) -> Words:
+        """`look`, once `glance` has found something new: ``seen``."""
         if not IN_ORDER:
             fence()
         # Once more: a reply is there before the acknowledgement that counts on it, but bytes are copied in any order.
@@ -164,9 +178,9 @@ class DriverChannel:
         """By rank: the id of the call up to which it has answered."""
         return self._by_rank.unpack_from(words[0])
 
-    def acked_by_all(self, call_id: int) -> Words:
-        """What `look` will find when every rank has acknowledged its calls up to this one, and nothing else has come."""
-        return self._pack_id(call_id) * self._size + self._padding, self._taken
+    def acked_by_all(self, call_id: int) -> bytes:
+        """What `glance` finds when every rank has acknowledged its calls up to this one, and nothing else has come."""
+        return self._pack_id(call_id) * self._size + self._rest
 
     def has_replies(self, words: Words) -> bool:
         """Whether there are any that have not been consumed."""
@@ -196,9 +210,10 @@ class DriverChannel:
     def consume(self, words: Words) -> None:
         """What ``words`` say has been dealt with; the slots of the replies among it may be used again."""
         acks, replies = words
-        self._seen = acks + replies
+        self.seen = acks + replies
         if replies != self._taken:
             self._taken, self._counts = replies, self._by_rank.unpack_from(replies)
+            self._rest = self._padding + replies
             for rank in self.remote_ranks:
                 self._words[self._replies_read + rank] = self._counts[rank]
 

@@ -38,6 +38,7 @@ from exec_core.messages import Encoded, Failure, Reply
 from exec_core.wrapper import WorkerWrapper
 from exec_mp._answers import Answers
 from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
+from exec_mp._channel import GATED
 from exec_mp._parts import Hooks, Parts
 from exec_mp._poller import Handler
 from exec_mp._processes import Processes
@@ -92,9 +93,9 @@ class ProcessGroup:
             self._inline.check_not_inside(call.request)
         if not call.ranks:
             return call.result([])
-        entry, job = self._send(call, None, wait=True)
-        if job is not None and self._inline is not None:
-            self._run_inline(self._inline, entry, job)
+        entry = self._send(call, None, wait=True)
+        if self._inline is not None and entry.job is not None:
+            self._run_inline(self._inline, entry, entry.job)
         self._receiver.wait(entry)
         self._hooks.room.made()
         return entry.outcome()
@@ -120,64 +121,61 @@ class ProcessGroup:
         if not call.ranks:
             future.set_result(call.result([]))
             return future
-        entry, _ = self._send(call, future, wait)
+        entry = self._send(call, future, wait)
         self._receiver.future_added(entry)
         return future
 
-    def _send(self, call: Call, future: Future[Any] | None, wait: bool) -> tuple[Entry, Job | None]:
+    def _send(self, call: Call, future: Future[Any] | None, wait: bool) -> Entry:
         name, body = messages.encode_call(call.request)
-        limit = self._max_message_bytes
+        limit, calls = self._max_message_bytes, self._calls
         if limit is not None and body.nbytes > limit:
             raise MessageTooLargeError(call.name, body.nbytes, limit, "raise RpcConfig.max_message_bytes or send less")
         while True:
             try:
                 with self._send_lock:
-                    sent = self._try_send(call, future, name, body)
-            except KeyboardInterrupt:
+                    entry = calls.open(call, future) if call.max_concurrent is None else self._open_gated(call, future)
+                    if calls.closed_by is not None:
+                        self._raise_closed(calls.closed_by, call.name)
+                    if entry is not None and self._publish(entry, name, body):
+                        return entry
+            except BaseException:
                 with self._lock:
-                    self._calls.withdraw_unsent(call)
+                    calls.withdraw_unsent(call)
                 raise
-            if sent is not None:
-                return sent
             if not wait or not self._receiver.wait_for_room(call.deadline):
                 self._raise_no_room(call, future)
 
-    def _try_send(
-        self, call: Call, future: Future[Any] | None, name: bytes, body: Encoded
-    ) -> tuple[Entry, Job | None] | None:
+    def _open_gated(self, call: Call, future: Future[Any] | None) -> Entry | None:
         with self._lock:
-            if self._calls.closed_by is not None:
-                self._raise_closed(self._calls.closed_by, call.name)
-            entry = self._calls.open(call, future)
-        if entry is None:
-            return None
-        inline = self._inline
-        remote = call.ranks if inline is None else tuple(rank for rank in call.ranks if rank != 0)
-        if remote:
+            return self._calls.open(call, future)
+
+    def _publish(self, entry: Entry, name: bytes, body: Encoded) -> bool:
+        """Sends ``entry`` to its ranks; False, and it is withdrawn, while there is no room."""
+        call, future, inline = entry.call, entry.future, self._inline
+        ranks = call.ranks if inline is None else tuple(rank for rank in call.ranks if rank != 0)
+        if ranks:
             if future is not None and not future.running():
                 future.set_running_or_notify_cancel()  # a reply may come before publish returns
-            try:
-                publish = self._channel.publish_gated if entry.ungated else self._channel.publish
-                entry.number = publish(entry.id, name, body, remote, call.reply_ranks)
-            finally:
-                if entry.number is None:
-                    with self._lock:
-                        self._calls.withdraw(entry)
-            if entry.number is None:
-                return None
-            if future is None:
-                os.sched_yield()  # at once: a rank may be looking for it, on this very processor
-        job = self._enqueue_inline(inline, entry) if inline is not None and 0 in call.ranks else None
+            kind = GATED if entry.ungated else 0
+            number = self._channel.publish(entry.id, name, body, ranks, call.reply_ranks, kind, future is None)
+            if number is None:
+                with self._lock:
+                    self._calls.withdraw(entry)
+                return False
+            entry.number = number
+        if inline is not None and 0 in call.ranks:
+            self._enqueue_inline(inline, entry)
+        entry.sent = True
         if entry.ungated:
             with self._lock:
-                entry.sent = True
                 self._answers.open_gates()
-        return entry, job
+        return True
 
-    def _enqueue_inline(self, inline: InlineWorker, entry: Entry) -> Job | None:
+    def _enqueue_inline(self, inline: InlineWorker, entry: Entry) -> None:
         request, future = entry.call.request, entry.future
         if future is None:
-            return inline.enqueue(request)
+            entry.job = inline.enqueue(request)
+            return
 
         def start() -> bool:
             if future.running() or entry.finished or future.set_running_or_notify_cancel():
@@ -187,7 +185,6 @@ class ProcessGroup:
             return False
 
         inline.enqueue(request, start, lambda reply: self._local_reply(entry, reply))
-        return None
 
     def _local_reply(self, entry: Entry, reply: Reply) -> None:
         """Rank 0's, which runs here."""

@@ -31,9 +31,9 @@ ACKS, REPLIES, REQUESTS_READ, CURRENT_CALL, SINCE_NS, STACKS, SLEEPS, REPLIES_RE
     10
 )  # rows
 _ROWS = 10
-# A request's header after number and masks: call id, flags, body bytes, format, arena position (0: inline), block, and the
-# name, padded with zeros.
-REQUEST = "6Q56s"
+# A request's header after number and masks: call id, kind, and the name, padded with zeros. Then, where there is a body, its
+# bytes, arena position (0: inline) and block.
+REQUEST, BODY = "2Q56s", struct.Struct("<3Q")
 REPLY_HEAD = 64  # bytes of a reply's header
 
 # x86-64 keeps stores in order, and loads in order. Elsewhere `fence` has to stand between two of them; untested.
@@ -74,7 +74,7 @@ class Geometry:
 
     @functools.cached_property
     def request_head(self) -> int:
-        return _up(8 * (1 + 2 * self.mask_words) + struct.calcsize(REQUEST))
+        return _up(8 * (1 + 2 * self.mask_words) + struct.calcsize(f"<{REQUEST}") + BODY.size)
 
     @functools.cached_property
     def request_slot(self) -> int:

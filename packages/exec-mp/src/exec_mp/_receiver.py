@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from os import sched_yield
 from threading import get_ident
+from time import monotonic
 
 from exec_mp._answers import Answers
 from exec_mp._calls import Calls, Entry
@@ -84,7 +85,8 @@ class Receiver:
 
     def wait(self, entry: Entry) -> None:
         """Returns when ``entry`` is finished."""
-        if get_ident() == self._ident:  # a callback that calls: this thread must go on watching
+        thread = get_ident()
+        if thread == self._ident:  # a callback that calls: this thread must go on watching
             with self._lock:
                 if not self._leader:
                     self._arm(on=True)
@@ -94,7 +96,7 @@ class Receiver:
                     self._settle([entry])
             return
         try:
-            while not self._wait_once(entry):
+            while not self._wait_once(entry, thread == _MAIN):
                 if entry.is_due(time.monotonic()):
                     self._settle([entry])
         except BaseException as error:
@@ -108,11 +110,15 @@ class Receiver:
         if entry.waiter is not None:
             self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
 
-    def _wait_once(self, entry: Entry) -> bool:
-        """Whether ``entry`` is finished, after a wait in which something may have happened."""
-        leader, alone = self._leader, get_ident() == _MAIN
+    def _wait_once(self, entry: Entry, alone: bool) -> bool:
+        """Whether ``entry`` is finished, after a wait in which something may have happened.
+
+        Args:
+            alone: leads only while no other call is in flight.
+        """
+        leader, in_flight = self._leader, self._calls.in_flight
         try:
-            if (not alone or len(self._calls.in_flight) <= 1) and leader.setdefault(None, entry) is entry:
+            if (not alone or len(in_flight) <= 1) and leader.setdefault(None, entry) is entry:
                 if not entry.finished:  # else the channel may be gone
                     self._lead(entry, alone)
             else:
@@ -120,7 +126,7 @@ class Receiver:
         finally:  # also when Ctrl-C comes between any two lines
             if leader.get(None) is entry:
                 leader.pop(None)  # first: who has not seen this, is seen now
-                if self._followers or self._calls.in_flight:
+                if in_flight or self._followers:
                     self._step_down(None)
             else:
                 self._unfollow(entry)
@@ -143,41 +149,47 @@ class Receiver:
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
 
     def _lead(self, entry: Entry, alone: bool) -> None:
-        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead.
-
-        Args:
-            alone: only while no other call is in flight.
-        """
-        channel, todo, pace = self._channel, self._todo, self._pace
-        look, clock, give_way, in_flight = channel.look, time.monotonic, os.sched_yield, self._calls.in_flight
+        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead."""
+        channel, call = self._channel, entry.call
         channel.stay_awake()
-        complete = channel.acked_by_all(entry.id) if len(entry.call.ranks) == self._remote else None
-        pace.begin(clock())
+        # What all ranks have acknowledged needs no processing while it is the only call: none of them can have replied.
+        at_once = len(call.ranks) == self._remote and call.max_concurrent is None
+        complete = channel.acked_by_all(entry.id) if at_once else b""
+        if channel.glance() == complete and self._calls.close_only(entry):
+            channel.seen = complete
+        else:
+            self._lead_on(entry, alone, complete)
+
+    def _lead_on(self, entry: Entry, alone: bool, complete: bytes) -> None:
+        channel, todo, pace, in_flight = self._channel, self._todo, self._pace, self._calls.in_flight
+        pace.begin(monotonic())
         while not entry.finished and not todo:
-            if (words := look()) is not None:
-                # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
-                others = len(in_flight) > 1
-                if words == complete and not others and self._answers.close_only(entry, words):
+            seen, words = channel.glance(), None
+            if seen != channel.seen:
+                if seen == complete and self._calls.close_only(entry):
+                    channel.seen = complete
                     break
+                # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
+                others, words = len(in_flight) > 1, channel.words(seen)
                 if alone and others:
                     return
-            now = clock()
+            now = monotonic()
             # What some ranks have acknowledged changes nothing yet if all will acknowledge, and nobody else has a call.
-            if words and (others or complete is None or now >= pace.spin_until or channel.has_replies(words)):
+            if words and (others or not complete or now >= pace.spin_until or channel.has_replies(words)):
                 self._process(words)
-                complete = None
+                complete = b""
                 if pace.slept:
                     pace.spin_until = now + pace.spin_s  # the other ranks will not be long
             elif now < pace.spin_until:
-                give_way()
+                sched_yield()
             elif now >= entry.due:
                 return
             else:
                 channel.sleep(min(pace.rest(now), entry.due - now))
                 channel.stay_awake()
-                pace.woken(clock())
+                pace.woken(monotonic())
         if pace.slept:
-            pace.came = clock()
+            pace.came = monotonic()
 
     def _may_lead(self) -> bool:
         return get_ident() != _MAIN or len(self._calls.in_flight) <= 1

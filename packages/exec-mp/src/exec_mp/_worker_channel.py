@@ -8,16 +8,17 @@ import select
 import struct
 import threading
 import time
+from os import sched_yield
+from time import monotonic_ns
 
 from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._channel import EXIT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, Incoming, rings
-from exec_mp._layout import IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
+from exec_mp._channel import FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, Body, Incoming, rings
+from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
 
-_NO_BODY = memoryview(b"")
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
@@ -31,8 +32,8 @@ class WorkerChannel:
         self._view, self._words, size = shared.view, shared.words, geometry.world_size
         self._bell, self._driver_bell = bell, driver_bell
         before, after = 8 * (rank // 64), 8 * (geometry.mask_words - 1 - rank // 64)  # bytes of masks for other ranks
-        self._head = struct.Struct(f"<{before}xQ{after + before}xQ{after}x{REQUEST}")
-        self._bit = 1 << rank % 64
+        head = struct.Struct(f"<{before}xQ{after + before}xQ{after}x{REQUEST}")
+        self._head, self._body_at, self._bit = head.unpack_from, 8 + head.size, 1 << rank % 64
         self._slots = geometry.slots
         self._numbers = [(geometry.requests + slot * geometry.request_slot) // 8 for slot in range(geometry.slots)]
         self._request_head, self._reply_slot = geometry.request_head, geometry.reply_slot
@@ -57,47 +58,49 @@ class WorkerChannel:
 
     def next(self) -> Incoming:
         """The next request for this rank, which it is shown to be in from now on. Skips those for others."""
-        words, view, bit = self._words, self._view, self._bit
+        words, bit = self._words, self._bit
         while True:
-            word = self._word
-            if words[word] <= self._read:
-                self._await(word, self._read + 1)
+            word, read = self._word, self._read
+            if words[word] <= read:
+                self._await(word, read + 1)
             if not IN_ORDER:
                 fence()
-            slot = 8 * word
-            runs, wants, call_id, flags, nbytes, fmt, position, block, padded = self._head.unpack_from(view, slot + 8)
+            runs, wants, call_id, kind, padded = self._head(self._view, 8 * word + 8)
             if runs & bit:
                 break
             self.done_reading()
-        if flags & GATED:
-            self._await(self._at[_layout.GATE], self._read + 1)
-        name = self._names.get(padded)
-        if name is None:
-            name = self._names[padded] = padded.rstrip(b"\0").decode()
-        words[self._since] = time.monotonic_ns()
+        if kind & GATED:
+            self._await(self._at[_layout.GATE], read + 1)
+        words[self._since] = monotonic_ns()
         words[self._current] = call_id
-        if not nbytes:
-            return call_id, name, _NO_BODY, False, fmt, wants & bit != 0, flags & EXIT != 0
-        if position:
-            body = self._body(position, nbytes, block, flags)
-        else:
-            start = slot + self._request_head
-            body = view[start : start + nbytes]
-        return call_id, name, body, position != 0, fmt, wants & bit != 0, False
+        try:
+            name = self._names[padded]
+        except KeyError:
+            name = self._names[padded] = padded.rstrip(b"\0").decode()
+        if kind > GATED:
+            return call_id, name, wants & bit, self._body(8 * word, kind)
+        self._read = read = words[self._position] = read + 1
+        self._word = self._numbers[read % self._slots]
+        return call_id, name, wants & bit, None
 
-    def _body(self, position: int, nbytes: int, block: int, flags: int) -> memoryview:
-        """The message in an arena block, in memory of this rank's own."""
+    def _body(self, slot: int, kind: int) -> Body:
+        """The body of a request, in memory of this rank's own where it is in an arena block."""
+        nbytes, position, block = BODY.unpack_from(self._view, slot + self._body_at)
+        fmt = kind >> FORMAT_SHIFT
+        if not position:
+            start = slot + self._request_head
+            return self._view[start : start + nbytes], fmt, False
         hold = block * self._geometry.world_size + self._rank
-        if flags & ONE_READER:
-            return self._shared.lend(position, nbytes, self._holds, hold)
+        if kind & ONE_READER:
+            return self._shared.lend(position, nbytes, self._holds, hold), fmt, True
         if nbytes > _COPY_BYTES:
-            return self._shared.private(self._fd, position, nbytes, self._holds, hold)
+            return self._shared.private(self._fd, position, nbytes, self._holds, hold), fmt, True
         body = memoryview(bytearray(self._view[position : position + nbytes]))
         self._holds[hold] = 0
-        return body
+        return body, fmt, True
 
     def done_reading(self) -> None:
-        """The request is copied out or held; its slot may be used again."""
+        """The body is copied out or held; its slot may be used again. Without a body, `next` has done this."""
         self._read = read = self._words[self._position] = self._read + 1
         self._word = self._numbers[read % self._slots]
 
@@ -166,7 +169,7 @@ class WorkerChannel:
         """There is an answer."""
         words = self._words
         if words[self._word] <= self._read and not words[self._driver_sleeps]:  # there is nothing to do
-            os.sched_yield()  # at once: the driver may be looking for it, on this very processor
+            sched_yield()  # at once: the driver may be looking for it, on this very processor
         else:
             with self._in_order:
                 pass

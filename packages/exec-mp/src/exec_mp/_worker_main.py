@@ -20,11 +20,11 @@ from typing import Any
 
 from exec_core import messages
 from exec_core.errors import ExecutorError
-from exec_core.messages import Encoded, Format, Reply, Request, Status
+from exec_core.messages import NO_KWARGS, Encoded, Reply, Status, method_name
 from exec_core.worker import as_async_output
 from exec_core.wrapper import DONE as _DONE
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
-from exec_mp._channel import NOTHING
+from exec_mp._channel import EXIT, NOTHING, Body
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
 from exec_mp._worker_channel import WorkerChannel
@@ -122,46 +122,46 @@ class _Outputs:
             self._thread.join()
 
 
-def _decode(name: str, body: memoryview, fmt: int, wants_value: bool, owned: bool) -> tuple[Request | None, Reply]:
-    """The request, or why there is none: its arguments may be anything, also classes that cannot be imported here."""
+def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) -> tuple[str, Reply]:
+    """Runs a call that has a body. Its name, and the reply.
+
+    The arguments may be anything, also of classes that cannot be imported here. What they and the body hold does not
+    outlive the call.
+    """
     try:
-        return messages.decode_call(name, body, fmt, wants_value, owned), _DONE
+        method, args, kwargs = messages.decode_call(name, *body)
     except BaseException as error:
         error.add_note("while the arguments were being unpickled in the worker")
-        return None, Reply.of_error(error)
+        channel.done_reading()
+        return name, Reply.of_error(error)
+    del body
+    channel.done_reading()
+    return name or method_name(method), wrapper.run(method, args, kwargs)
 
 
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
     outputs = _Outputs(wrapper, replier)
-    bare: dict[str, Request] = {}  # requests without arguments, by name; they are not changed
     while True:
-        call_id, name, body, owned, fmt, wants_value, exits = channel.next()
-        if exits:
-            break
-        if fmt == Format.NONE:
-            request, reply = bare.get(name), _DONE
-            if request is None:
-                request = bare[name] = Request(name)
+        call_id, name, wanted, body = channel.next()
+        if body is None:
+            if call_id == EXIT:
+                break
+            reply = wrapper.run(name, (), NO_KWARGS)
         else:
-            request, reply = _decode(name, body, fmt, wants_value, owned)
-        del body  # what it and the arguments hold need not outlive the call
-        channel.done_reading()
-        if request is not None:
-            if not name:
-                name = request.name
-            reply = wrapper.execute(request)
-            del request
-        value = reply.value
-        if reply is _DONE or (not wants_value and reply.error is None):
+            name, reply = _run(name, body, channel, wrapper)
+            body = None
+        if reply is _DONE or (not wanted and reply.error is None):
             replier.done(call_id)
         else:
+            value = reply.value
             if value is None or as_async_output(value) is None:
-                replier.send(call_id, name, reply, wants_value)
+                replier.send(call_id, name, reply, wanted != 0)
             else:
                 outputs.put(call_id, name, value)
             channel.set_idle()  # after the reply, which is waited for
-        del reply, value
+            del value
+        del reply
     outputs.close()
 
 
