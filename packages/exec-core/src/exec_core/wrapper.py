@@ -97,7 +97,9 @@ class WorkerWrapper:
     def run(self, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reply:
         """`execute`, without a request."""
         try:
-            function = self._resolve(method)
+            function = getattr(self.worker, method, None) if type(method) is str else None
+            if function is None:
+                function = self._resolve(method)
             value = function(*args, **kwargs) if kwargs else function(*args)
             return DONE if value is None else Reply(value)
         except BaseException as error:

@@ -26,6 +26,7 @@ class DriverChannel:
     """The driver's end: writes requests, reads the replies of all ranks. One thread publishes at a time, one takes.
 
     Attributes:
+        is_awake: what `stay_awake` and `may_sleep` have said last.
         glance: all answers' words as they are now.
         seen: of them, what has been dealt with; for the taking thread, as all that follows `publish` and its kin.
 
@@ -56,6 +57,7 @@ class DriverChannel:
         self._all_awake = bytes(len(self._sleeps))
         self._sleep_word = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._words[self._sleep_word] = 1
+        self.is_awake = False
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._sent = 0  # requests published; by the publishing thread
         self._word = self._numbers[0]  # where the number of the next one goes; likewise
@@ -234,11 +236,13 @@ class DriverChannel:
 
     def stay_awake(self) -> None:
         """Nobody sleeps on the bell, so nobody need ring it; until `may_sleep`."""
+        self.is_awake = True
         self._words[self._sleep_word] = 0
 
     def may_sleep(self) -> None:
         """Somebody may sleep on the bell, who looks once more between this and sleeping."""
         self._words[self._sleep_word] = 1
+        self.is_awake = False  # last, as `stay_awake` has it first: so it is never True while the word says otherwise
         with self._in_order:
             pass
 

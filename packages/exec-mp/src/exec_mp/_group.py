@@ -127,49 +127,52 @@ class ProcessGroup:
 
     def _send(self, call: Call, future: Future[Any] | None, wait: bool) -> Entry:
         name, body = messages.encode_call(call.request)
-        limit, calls = self._max_message_bytes, self._calls
+        limit = self._max_message_bytes
         if limit is not None and body.nbytes > limit:
             raise MessageTooLargeError(call.name, body.nbytes, limit, "raise RpcConfig.max_message_bytes or send less")
         while True:
             try:
                 with self._send_lock:
-                    entry = calls.open(call, future) if call.max_concurrent is None else self._open_gated(call, future)
-                    if calls.closed_by is not None:
-                        self._raise_closed(calls.closed_by, call.name)
-                    if entry is not None and self._publish(entry, name, body):
-                        return entry
+                    entry = self._try_send(call, future, name, body)
             except BaseException:
                 with self._lock:
-                    calls.withdraw_unsent(call)
+                    self._calls.withdraw_unsent(call)
                 raise
+            if entry is not None:
+                return entry
             if not wait or not self._receiver.wait_for_room(call.deadline):
                 self._raise_no_room(call, future)
 
-    def _open_gated(self, call: Call, future: Future[Any] | None) -> Entry | None:
-        with self._lock:
-            return self._calls.open(call, future)
-
-    def _publish(self, entry: Entry, name: bytes, body: Encoded) -> bool:
-        """Sends ``entry`` to its ranks; False, and it is withdrawn, while there is no room."""
-        call, future, inline = entry.call, entry.future, self._inline
-        ranks = call.ranks if inline is None else tuple(rank for rank in call.ranks if rank != 0)
+    def _try_send(self, call: Call, future: Future[Any] | None, name: bytes, body: Encoded) -> Entry | None:
+        """Sends ``call`` to its ranks; None while there is no room."""
+        calls, inline, ranks = self._calls, self._inline, call.ranks
+        entry = calls.open(call, future) if call.max_concurrent is None else self._open_gated(call, future)
+        if calls.closed_by is not None:
+            self._raise_closed(calls.closed_by, call.name)
+        if entry is None:
+            return None
+        if inline is not None:
+            ranks = tuple(rank for rank in ranks if rank != 0)
         if ranks:
             if future is not None and not future.running():
                 future.set_running_or_notify_cancel()  # a reply may come before publish returns
             kind = GATED if entry.ungated else 0
-            number = self._channel.publish(entry.id, name, body, ranks, call.reply_ranks, kind, future is None)
-            if number is None:
+            entry.number = self._channel.publish(entry.id, name, body, ranks, call.reply_ranks, kind, future is None)
+            if entry.number is None:
                 with self._lock:
-                    self._calls.withdraw(entry)
-                return False
-            entry.number = number
+                    calls.withdraw(entry)
+                return None
         if inline is not None and 0 in call.ranks:
             self._enqueue_inline(inline, entry)
         entry.sent = True
         if entry.ungated:
             with self._lock:
                 self._answers.open_gates()
-        return True
+        return entry
+
+    def _open_gated(self, call: Call, future: Future[Any] | None) -> Entry | None:
+        with self._lock:
+            return self._calls.open(call, future)
 
     def _enqueue_inline(self, inline: InlineWorker, entry: Entry) -> None:
         request, future = entry.call.request, entry.future

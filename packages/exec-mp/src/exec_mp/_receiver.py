@@ -150,27 +150,28 @@ class Receiver:
 
     def _lead(self, entry: Entry, alone: bool) -> None:
         """Until ``entry``, which is not, is finished or due, or something is to be done without the lead."""
-        channel, call = self._channel, entry.call
-        channel.stay_awake()
+        channel, calls, call = self._channel, self._calls, entry.call
+        if not channel.is_awake:
+            channel.stay_awake()
         # What all ranks have acknowledged needs no processing while it is the only call: none of them can have replied.
         at_once = len(call.ranks) == self._remote and call.max_concurrent is None
         complete = channel.acked_by_all(entry.id) if at_once else b""
-        if channel.glance() == complete and self._calls.close_only(entry):
+        if channel.glance() == complete and calls.close_only(entry):
             channel.seen = complete
         else:
             self._lead_on(entry, alone, complete)
 
     def _lead_on(self, entry: Entry, alone: bool, complete: bytes) -> None:
-        channel, todo, pace, in_flight = self._channel, self._todo, self._pace, self._calls.in_flight
+        channel, calls, todo, pace = self._channel, self._calls, self._todo, self._pace
         pace.begin(monotonic())
         while not entry.finished and not todo:
             seen, words = channel.glance(), None
             if seen != channel.seen:
-                if seen == complete and self._calls.close_only(entry):
+                if seen == complete and calls.close_only(entry):
                     channel.seen = complete
                     break
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
-                others, words = len(in_flight) > 1, channel.words(seen)
+                others, words = len(calls.in_flight) > 1, channel.words(seen)
                 if alone and others:
                     return
             now = monotonic()

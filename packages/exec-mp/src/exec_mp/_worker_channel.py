@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import struct
@@ -127,7 +128,21 @@ class WorkerChannel:
         if self._words[word] < value and rings(self._bell, self._poll, timeout_s):
             with contextlib.suppress(BlockingIOError):  # already taken
                 os.eventfd_read(self._bell)
+            if timeout_s == math.inf:
+                self._spread()
         self._words[self._sleeps] = 0
+
+    def _spread(self) -> None:
+        """Where there are no more processors than ranks: goes to this rank's share of them, and stays free to be moved.
+
+        Ranks that are all woken at once tend to wake where they slept, and the scheduler takes 0.1 s and more to see that
+        most of them share one processor.
+        """
+        allowed = os.sched_getaffinity(0)
+        if 1 < len(allowed) <= self._geometry.world_size:
+            with contextlib.suppress(OSError):  # they may have changed since
+                os.sched_setaffinity(0, {sorted(allowed)[(self._rank + 1) % len(allowed)]})
+            os.sched_setaffinity(0, allowed)
 
     def set_idle(self) -> None:
         """Shows the driver that this rank is in no call. An acknowledgement of the call says so as well."""
@@ -156,18 +171,18 @@ class WorkerChannel:
         if not IN_ORDER:
             fence()
         self._replied = words[self._replies] = number + 1
-        self._announce()
+        self.acknowledge()
 
-    def acknowledge(self, call_id: int) -> None:
-        """Says that all calls up to ``call_id`` are answered: those without a reply in the ring, with nothing to say."""
+    def acknowledge(self, call_id: int = 0) -> None:
+        """Says that all calls up to ``call_id`` are answered: those without a reply in the ring, with nothing to say.
+
+        Without it, only that there is a reply.
+        """
+        words = self._words
         if not IN_ORDER:
             fence()
-        self._words[self._acks] = call_id
-        self._announce()
-
-    def _announce(self) -> None:
-        """There is an answer."""
-        words = self._words
+        if call_id:
+            words[self._acks] = call_id
         if words[self._word] <= self._read and not words[self._driver_sleeps]:  # there is nothing to do
             sched_yield()  # at once: the driver may be looking for it, on this very processor
         else:

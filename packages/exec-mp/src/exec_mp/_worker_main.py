@@ -1,7 +1,7 @@
 """A worker process: takes requests from its channel, runs them on the main thread, replies.
 
     WorkerChannel.next -> decode -> WorkerWrapper.execute -> Replier.send -> WorkerChannel.publish       a value, an error
-                                                          -> Replier.done -> WorkerChannel.acknowledge   nothing to say
+                                                                          -> WorkerChannel.acknowledge   nothing to say
 
 A second thread, started for the first method that returns an async output, finishes those.
 """
@@ -45,12 +45,12 @@ class Replier:
         self.settled = 0  # of them, replied to; by the thread that finishes them, after the reply
 
     def done(self, call_id: int) -> None:
-        """For the main thread: a call has run, and there is nothing to say about it."""
-        if self.settled == self.unsettled:
-            self._channel.acknowledge(call_id)
-        else:  # an acknowledgement would be one for the calls before it as well
-            self._publish(call_id, Status.VALUE, NOTHING, 0)
-            self._channel.set_idle()
+        """For the main thread: a call has run, and there is nothing to say about it, while async outputs are unsettled.
+
+        An acknowledgement would be one for the calls before it as well.
+        """
+        self._publish(call_id, Status.VALUE, NOTHING, 0)
+        self._channel.set_idle()
 
     def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
         status, body, error = Status.VALUE, NOTHING, reply.error
@@ -152,7 +152,10 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
             name, reply = _run(name, body, channel, wrapper)
             body = None
         if reply is _DONE or (not wanted and reply.error is None):
-            replier.done(call_id)
+            if replier.settled == replier.unsettled:
+                channel.acknowledge(call_id)
+            else:
+                replier.done(call_id)
         else:
             value = reply.value
             if value is None or as_async_output(value) is None:
