@@ -205,7 +205,7 @@ def test_call_by_name() -> None:
     assert ("load", (1,), {"k": 2}) == messages.decode_call("load", body(encoded), encoded.format)
 
 
-@pytest.mark.parametrize("method", ["", "n" * 57, "\u00fc" * 29, "load\0", "load model", "\ud800"])
+@pytest.mark.parametrize("method", ["", "n" * 25, "\u00fc" * 13, "load\0", "load model", "\ud800"])
 def test_odd_name_travels_in_the_body(method: str) -> None:
     """A name that the field beside the body cannot hold exactly travels in it, with or without arguments."""
     for request in (Request(method), Request(method, (1,), {"k": 2})):

@@ -253,7 +253,7 @@ def _parts(value: object, path: str) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}.{name}", part) for name, part in getattr(value, "__dict__", {}).items())
 
 
-NAME_BYTES = 56  # of a method's name on its own; a longer one travels in the body
+NAME_BYTES = 24  # of a method's name on its own; a longer one travels in the body
 
 
 @functools.lru_cache(1024)

@@ -107,7 +107,7 @@ class WorkerWrapper:
 
     def _resolve(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
         if method in _OWN:
-            return getattr(self, method)  # type: ignore[arg-type, no-any-return] # one of those names
+            return getattr(self, method)  # type: ignore[no-any-return] # one of those names
         if self.context is None:
             raise ExecutorError(f"the worker of rank {self.rank} is not built yet; init_worker comes first")
         if not isinstance(method, str):

@@ -13,12 +13,25 @@ from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._channel import EXIT, FORMAT_SHIFT, LIMITS, NOTHING, ONE_READER, REPLY_FIELDS, Answer, Header, rings
+from exec_mp._channel import (
+    EXIT,
+    FORMAT_SHIFT,
+    LIMITS,
+    NOTHING,
+    ONE_READER,
+    REPLY_FIELDS,
+    SPREAD,
+    Answer,
+    Header,
+    rings,
+)
 from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
+from exec_mp._spread import processor
 
 Words = tuple[bytes, bytes]
 """What the ranks have answered: their ``ACKS`` and their ``REPLIES``, which were looked at in this order."""
 
+_BURST = 16  # requests, one after the other without a sleep between: now it matters who shares a processor with whom
 _MASKS = 256  # remembered; a program chooses among few sets of ranks
 
 
@@ -55,13 +68,14 @@ class DriverChannel:
         sleeps = 8 * shared.word(_layout.SLEEPS, 0)
         self._sleeps = shared.view[sleeps : sleeps + 8 * geometry.row]
         self._all_awake = bytes(len(self._sleeps))
-        self._sleep_word = shared.word(_layout.DRIVER_SLEEPS, 0)
+        self._sleep_word, self._cpu_word = shared.word(_layout.DRIVER_SLEEPS, 0), shared.word(_layout.DRIVER_CPU, 0)
         self._words[self._sleep_word] = 1
         self.is_awake = False
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._sent = 0  # requests published; by the publishing thread
         self._word = self._numbers[0]  # where the number of the next one goes; likewise
         self._crowded_at = geometry.slots // 2  # requests, from when on it matters who has read how many; likewise
+        self._spread_at = _BURST  # the request with which ranks are told to spread
         self._ranks: tuple[int, ...] = ()  # whom `_mask` was made for
         self._reply_ranks: tuple[int, ...] = ()  # likewise
         self._mask = b""
@@ -95,25 +109,20 @@ class DriverChannel:
             kind: GATED if a rank is to start the call only when `open_gate` says so.
             yields: gives the processor away at once: a rank may be looking for the request, on this very one.
         """
-        number, nbytes, view, word = self._sent, body.nbytes, self._view, self._word
+        number, word = self._sent, self._word
         if number >= self._crowded_at and number - self._count_read() >= self._slots:
             return None
-        if nbytes:
-            position = block = 0
-            if nbytes > self._inline_bytes:
-                place = self._allocate(name, nbytes, ranks)
-                if place is None:
-                    return None
-                position, block = place
-                if len(ranks) == 1:
-                    kind |= ONE_READER
-            kind |= body.format << FORMAT_SHIFT
-            BODY.pack_into(view, 8 * word + self._body_at, nbytes, position, block)
-            write_body(view, body.parts, position or 8 * word + self._request_head)
+        if number == self._spread_at:
+            self._words[self._cpu_word], kind = max(0, processor()), kind | SPREAD
+        if body.nbytes:
+            described = self._put(name, body, ranks, 8 * word)
+            if described is None:
+                return None
+            kind |= described
         if ranks is not self._ranks or reply_ranks is not self._reply_ranks:
             self._mask = self._masked(ranks, reply_ranks)
             self._ranks, self._reply_ranks = ranks, reply_ranks
-        self._request(view, 8 * word + 8, self._mask, call_id, kind, name)
+        self._request(self._view, 8 * word + 8, self._mask, call_id, kind, name)
         if not IN_ORDER:
             fence()
         self._sent = self._words[word] = number + 1  # Ctrl-C comes after calls only, so not before the next line
@@ -129,11 +138,26 @@ class DriverChannel:
 
     def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
         """Rings the bells of those of ``ranks`` that sleep."""
+        self._spread_at = self._sent + _BURST
         sleeping = self._by_rank.unpack_from(sleeps)
         # Those whom the request is not for must read past it soon, too, once it matters who has read how many.
         for rank in self.remote_ranks if self._sent > self._crowded_at else ranks:
             if sleeping[rank]:
                 os.eventfd_write(self.bells[rank], 1)
+
+    def _put(self, name: bytes, body: Encoded, ranks: tuple[int, ...], slot: int) -> int | None:
+        """Writes a body, and where it is. What a request's kind says of it, or None while there is no room."""
+        nbytes, position, block, kind = body.nbytes, 0, 0, body.format << FORMAT_SHIFT
+        if nbytes > self._inline_bytes:
+            place = self._allocate(name, nbytes, ranks)
+            if place is None:
+                return None
+            position, block = place
+            if len(ranks) == 1:
+                kind |= ONE_READER
+        BODY.pack_into(self._view, slot + self._body_at, nbytes, position, block)
+        write_body(self._view, body.parts, position or slot + self._request_head)
+        return kind
 
     def _allocate(self, name: bytes, nbytes: int, ranks: tuple[int, ...]) -> tuple[int, int] | None:
         """Position and number of a block in the arena; None while there is no room."""
@@ -159,8 +183,8 @@ class DriverChannel:
 
     def _count_read(self) -> int:
         """Requests that all ranks have read."""
-        first = self._shared.word(_layout.REQUESTS_READ, 0)
-        read: int = min(self._words[first + rank] for rank in self.remote_ranks)
+        word = self._shared.word
+        read: int = min(self._words[word(_layout.REQUESTS_READ, rank)] for rank in self.remote_ranks)
         self._crowded_at = read + self._slots // 2
         return read
 
@@ -251,7 +275,9 @@ class DriverChannel:
         self.may_sleep()
         if self.look() is not None:
             return True
-        if not rings(self.bell, self._poll, timeout_s):
+        rang = rings(self.bell, self._poll, timeout_s)
+        self._spread_at = self._sent + _BURST
+        if not rang:
             return False
         self.quiet()
         return True

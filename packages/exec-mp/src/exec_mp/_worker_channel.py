@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import select
 import struct
@@ -16,9 +15,10 @@ from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._channel import FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, Body, Incoming, rings
+from exec_mp._channel import FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
 from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
+from exec_mp._spread import spread
 
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
@@ -41,11 +41,12 @@ class WorkerChannel:
         self._inline_bytes = geometry.inline_bytes
         self._read = self._replied = 0
         self._word = self._numbers[0]  # where the next request's number appears
-        self._at = {row: shared.word(row, rank) for row in range(_layout.GATE + 1)}
+        self._at = {row: shared.word(row, rank) for row in range(_layout.STACKS + 1)}
         self._current, self._since = self._at[_layout.CURRENT_CALL], self._at[_layout.SINCE_NS]
         self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
         self._replies_read, self._sleeps = self._at[_layout.REPLIES_READ], self._at[_layout.SLEEPS]
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
+        self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._pace = Pace(geometry.spin_s)
         self._acks = self._at[_layout.ACKS]
@@ -70,19 +71,26 @@ class WorkerChannel:
             if runs & bit:
                 break
             self.done_reading()
-        if kind & GATED:
-            self._await(self._at[_layout.GATE], read + 1)
+        if kind & (GATED | SPREAD):
+            self._obey(kind, read + 1)
         words[self._since] = monotonic_ns()
         words[self._current] = call_id
         try:
             name = self._names[padded]
         except KeyError:
             name = self._names[padded] = padded.rstrip(b"\0").decode()
-        if kind > GATED:
+        if kind > GATED | SPREAD:
             return call_id, name, wants & bit, self._body(8 * word, kind)
         self._read = read = words[self._position] = read + 1
         self._word = self._numbers[read % self._slots]
         return call_id, name, wants & bit, None
+
+    def _obey(self, kind: int, number: int) -> None:
+        """Before a request is run."""
+        if kind & SPREAD:
+            spread(self._rank, self._geometry.world_size, self._words[self._driver_cpu])
+        if kind & GATED:
+            self._await(self._at[_layout.GATE], number)
 
     def _body(self, slot: int, kind: int) -> Body:
         """The body of a request, in memory of this rank's own where it is in an arena block."""
@@ -128,21 +136,7 @@ class WorkerChannel:
         if self._words[word] < value and rings(self._bell, self._poll, timeout_s):
             with contextlib.suppress(BlockingIOError):  # already taken
                 os.eventfd_read(self._bell)
-            if timeout_s == math.inf:
-                self._spread()
         self._words[self._sleeps] = 0
-
-    def _spread(self) -> None:
-        """Where there are no more processors than ranks: goes to this rank's share of them, and stays free to be moved.
-
-        Ranks that are all woken at once tend to wake where they slept, and the scheduler takes 0.1 s and more to see that
-        most of them share one processor.
-        """
-        allowed = os.sched_getaffinity(0)
-        if 1 < len(allowed) <= self._geometry.world_size:
-            with contextlib.suppress(OSError):  # they may have changed since
-                os.sched_setaffinity(0, {sorted(allowed)[(self._rank + 1) % len(allowed)]})
-            os.sched_setaffinity(0, allowed)
 
     def set_idle(self) -> None:
         """Shows the driver that this rank is in no call. An acknowledgement of the call says so as well."""
