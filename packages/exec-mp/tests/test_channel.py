@@ -16,6 +16,7 @@ import torch
 
 from exec_core import messages
 from exec_core.errors import MessageTooLargeError
+from exec_mp import _driver_channel, _worker_channel
 from exec_mp._channel import EXIT, GATED, NOTHING
 from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._layout import Geometry
@@ -408,6 +409,27 @@ def test_who_is_awake_is_not_rung(ends: Ends) -> None:
 
     assert ends.rung()
     assert ["seen", "heard"] == [ends.take(0), ends.take(1)]
+
+
+def test_ranks_are_told_to_spread_once_a_burst_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a request some way into a burst, once, and told where the driver runs; then after the next sleep."""
+    told: list[int] = []
+    monkeypatch.setattr(_worker_channel, "spread", lambda rank, size, driver: told.append(driver))
+    monkeypatch.setattr(_driver_channel, "processor", lambda: 5)
+    counts = []
+    with connected(attrs.evolve(GEOMETRY, slots=8)) as ends:
+        for _ in range(2):
+            for _ in range(40):
+                assert ends.driver.publish(1, b"load", NOTHING, (0,), ()) is not None
+                assert 1 == ends.workers[0].next()[0]
+                ends.driver.publish(2, b"load", NOTHING, (1,), ())
+                assert 2 == ends.workers[1].next()[0]
+                counts.append(len(told))
+            ends.driver.sleep(0.0)
+
+    assert [5, 5] == told
+    assert 0 < counts.index(1) < 39
+    assert counts.index(2) > 40
 
 
 def test_lent_memory_outlives_the_channel() -> None:
