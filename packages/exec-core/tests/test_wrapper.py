@@ -82,6 +82,24 @@ def test_worker_is_built_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ["after"] == seen
 
 
+def test_what_the_wrapper_does_itself_is_not_delegated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that answers to any name is not asked for the wrapper's own."""
+
+    class Delegating:
+        def __init__(self, context: WorkerContext) -> None:
+            self.context = context
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *args: name
+
+    monkeypatch.setenv("EXEC_TEST_WRAPPER", "before")
+    wrapper = made(tmp_path, Delegating)
+
+    assert wrapper.execute(Request("update_environment_variables", ({"EXEC_TEST_WRAPPER": "after"},))).value is None
+    assert "after" == os.environ["EXEC_TEST_WRAPPER"]
+    assert "anything" == wrapper.execute(Request("anything")).value
+
+
 def test_errors_are_in_the_reply(tmp_path: Path) -> None:
     """``execute`` never raises, not even for what is no Exception."""
     wrapper = made(tmp_path)

@@ -203,6 +203,22 @@ def test_no_more_than_the_limit_in_flight() -> None:
     assert calls.open(call(), None) is not None
 
 
+@pytest.mark.parametrize("number", [None, 0])
+def test_call_whose_sending_was_cut_short_gives_its_place_back(number: int | None) -> None:
+    """Whether some ranks have been told or not: what they answer is nobody's. A call that all have been told of stays."""
+    calls = Calls(4, 2)
+    sent = opened(calls)
+    cut_short = calls.open(call(), None)
+    assert cut_short is not None
+    cut_short.number = number
+    calls.withdraw_unsent(cut_short.call)
+    calls.withdraw_unsent(sent.call)
+
+    assert [sent] == list(calls.in_flight.values())
+    assert [sent] == calls.acknowledge((cut_short.id, cut_short.id))
+    assert [] == calls.value(0, cut_short.id, "late")
+
+
 def test_withdrawn_call_gives_its_place_back() -> None:
     """A call that was not sent after all takes no place."""
     calls = Calls(1, 4)

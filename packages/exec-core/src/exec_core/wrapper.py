@@ -36,7 +36,7 @@ class _Plain(Worker):
         return self._target.execute_model(request)
 
 
-_OWN = ("init_worker", "update_environment_variables")  # what the wrapper itself does
+_OWN = frozenset({"init_worker", "update_environment_variables"})  # what the wrapper itself does
 _HOOKS = frozenset(name for name in vars(Worker) if not name.startswith("_")) - {"get_model", "execute_model"}
 
 
@@ -97,7 +97,8 @@ class WorkerWrapper:
     def run(self, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reply:
         """`execute`, without a request."""
         try:
-            function = getattr(self.worker, method, None) if type(method) is str else None
+            # In one step where it can be: the rest is for the start, for callables, and for what a worker lacks.
+            function = getattr(self.worker, method, None) if isinstance(method, str) and method not in _OWN else None
             if function is None:
                 function = self._resolve(method)
             value = function(*args, **kwargs) if kwargs else function(*args)
@@ -106,7 +107,7 @@ class WorkerWrapper:
             return Reply.of_error(error)
 
     def _resolve(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
-        if method in _OWN:
+        if isinstance(method, str) and method in _OWN:
             return getattr(self, method)  # type: ignore[no-any-return] # one of those names
         if self.context is None:
             raise ExecutorError(f"the worker of rank {self.rank} is not built yet; init_worker comes first")

@@ -6,7 +6,8 @@
 With ``driver_worker="inline"`` rank 0 is an `InlineWorker` here, and takes its place in the order of sending under the same
 lock as the publishing to the other ranks.
 
-``_lock`` guards the calls and what the receiver says it does; ``_send_lock`` the order of sending, and is taken first.
+``_send_lock`` guards the order of sending, and is all that a common call takes; ``_lock`` what the receiver says it does, and the
+calls wherever more than a single step is made on them (see `exec_mp._calls`). The first is taken first.
 """
 
 from __future__ import annotations
@@ -89,13 +90,14 @@ class ProcessGroup:
     # Calls
 
     def run(self, call: Call) -> Any:
-        if self._inline is not None:
-            self._inline.check_not_inside(call.request)
+        inline = self._inline
+        if inline is not None:
+            inline.check_not_inside(call.request)
         if not call.ranks:
             return call.result([])
         entry = self._send(call, None, wait=True)
-        if self._inline is not None and entry.job is not None:
-            self._run_inline(self._inline, entry, entry.job)
+        if inline is not None and entry.job is not None:
+            self._run_inline(inline, entry, entry.job)
         self._receiver.wait(entry)
         self._hooks.room.made()
         return entry.outcome()

@@ -116,17 +116,24 @@ class Receiver:
         Args:
             alone: leads only while no other call is in flight.
         """
-        leader, in_flight = self._leader, self._calls.in_flight
+        leader, calls, channel, call = self._leader, self._calls, self._channel, entry.call
         try:
-            if (not alone or len(in_flight) <= 1) and leader.setdefault(None, entry) is entry:
-                if not entry.finished:  # else the channel may be gone
-                    self._lead(entry, alone)
-            else:
+            if (alone and len(calls.in_flight) > 1) or leader.setdefault(None, entry) is not entry:
                 self._follow(entry)
+            elif not entry.finished:  # else the channel may be gone
+                if not channel.is_awake:
+                    channel.stay_awake()
+                # What all have acknowledged needs no processing while it is the only call: none of them can have replied.
+                at_once = len(call.ranks) == self._remote and call.max_concurrent is None
+                complete = channel.acked_by_all(entry.id) if at_once else b""
+                if channel.glance() == complete and calls.close_only(entry):
+                    channel.seen = complete
+                else:
+                    self._lead(entry, alone, complete)
         finally:  # also when Ctrl-C comes between any two lines
             if leader.get(None) is entry:
                 leader.pop(None)  # first: who has not seen this, is seen now
-                if in_flight or self._followers:
+                if calls.in_flight or self._followers:
                     self._step_down(None)
             else:
                 self._unfollow(entry)
@@ -148,20 +155,12 @@ class Receiver:
                 self._arm(on=True)
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
 
-    def _lead(self, entry: Entry, alone: bool) -> None:
-        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead."""
-        channel, calls, call = self._channel, self._calls, entry.call
-        if not channel.is_awake:
-            channel.stay_awake()
-        # What all ranks have acknowledged needs no processing while it is the only call: none of them can have replied.
-        at_once = len(call.ranks) == self._remote and call.max_concurrent is None
-        complete = channel.acked_by_all(entry.id) if at_once else b""
-        if channel.glance() == complete and calls.close_only(entry):
-            channel.seen = complete
-        else:
-            self._lead_on(entry, alone, complete)
+    def _lead(self, entry: Entry, alone: bool, complete: bytes) -> None:
+        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead.
 
-    def _lead_on(self, entry: Entry, alone: bool, complete: bytes) -> None:
+        Args:
+            complete: what all ranks' having acknowledged it looks like; empty where that is not enough.
+        """
         channel, calls, todo, pace = self._channel, self._calls, self._todo, self._pace
         pace.begin(monotonic())
         while not entry.finished and not todo:

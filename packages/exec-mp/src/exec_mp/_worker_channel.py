@@ -20,6 +20,7 @@ from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Share
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
 
+_ORDERS = GATED | SPREAD  # what a request's kind may say beside what body it has, which stands above
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
@@ -71,7 +72,7 @@ class WorkerChannel:
             if runs & bit:
                 break
             self.done_reading()
-        if kind & (GATED | SPREAD):
+        if kind & _ORDERS:
             self._obey(kind, read + 1)
         words[self._since] = monotonic_ns()
         words[self._current] = call_id
@@ -79,7 +80,7 @@ class WorkerChannel:
             name = self._names[padded]
         except KeyError:
             name = self._names[padded] = padded.rstrip(b"\0").decode()
-        if kind > GATED | SPREAD:
+        if kind > _ORDERS:
             return call_id, name, wants & bit, self._body(8 * word, kind)
         self._read = read = words[self._position] = read + 1
         self._word = self._numbers[read % self._slots]

@@ -24,7 +24,7 @@ from exec_core.messages import NO_KWARGS, Encoded, Reply, Status, method_name
 from exec_core.worker import as_async_output
 from exec_core.wrapper import DONE as _DONE
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
-from exec_mp._channel import EXIT, NOTHING, Body
+from exec_mp._channel import NOTHING, Body
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
 from exec_mp._worker_channel import WorkerChannel
@@ -141,13 +141,13 @@ def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) 
 
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
-    outputs = _Outputs(wrapper, replier)
+    outputs, run = _Outputs(wrapper, replier), wrapper.run
     while True:
         call_id, name, wanted, body = channel.next()
         if body is None:
-            if call_id == EXIT:
+            if not call_id:  # EXIT
                 break
-            reply = wrapper.run(name, (), NO_KWARGS)
+            reply = run(name, (), NO_KWARGS)
         else:
             name, reply = _run(name, body, channel, wrapper)
             body = None
