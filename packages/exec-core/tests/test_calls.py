@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from exec_core import ConfigError, Request
+from exec_core import ConfigError
 from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
 
 
@@ -43,7 +43,7 @@ def test_bad_ranks(chosen: Any) -> None:
 
 def test_result() -> None:
     """The values themselves, or what the aggregate makes of them."""
-    call = Call(Request("load"), (0, 1), (0, 1))
+    call = Call("load", ranks=(0, 1), reply_ranks=(0, 1))
     assert [1, 2] == call.result([1, 2])
     call.aggregate = sum
     assert 3 == call.result([1, 2])

@@ -6,22 +6,21 @@ from typing import Any
 
 import pytest
 
-from exec_core import Request, RpcTimeoutError, WorkerDiedError
-from exec_core.calls import Call
+from exec_core import RpcTimeoutError, WorkerDiedError
 from exec_core.messages import Failure
 from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
 
 
-def call(ranks: tuple[int, ...] = (0, 1), reply_ranks: tuple[int, ...] | None = None, **fields: Any) -> Call:
+def call(ranks: tuple[int, ...] = (0, 1), reply_ranks: tuple[int, ...] | None = None, **fields: Any) -> Entry:
     """A call to ``ranks``."""
-    return Call(Request("load"), ranks, ranks if reply_ranks is None else reply_ranks, **fields)
+    return Entry("load", ranks=ranks, reply_ranks=ranks if reply_ranks is None else reply_ranks, **fields)
 
 
-def opened(calls: Calls, one: Call | None = None, future: Future[Any] | None = None) -> Entry:
+def opened(calls: Calls, one: Entry | None = None, future: Future[Any] | None = None) -> Entry:
     """A call in flight, sent."""
-    entry = calls.open(one or call(), future)
-    assert entry is not None
-    entry.sent = True
+    entry = call() if one is None else one
+    assert calls.open(entry)
+    entry.sent, entry.future = True, future
     return entry
 
 
@@ -177,7 +176,7 @@ def test_late_acknowledgement() -> None:
     calls.acknowledge([entry.id, 0, entry.id])
     calls.settle(entry)
 
-    assert calls.late(1) is entry.call
+    assert calls.late(1) is entry
     assert [entry] == calls.acknowledge([entry.id] * 3)
     assert 1 == entry.late
     assert calls.late(1) is None
@@ -198,29 +197,23 @@ def test_no_more_than_the_limit_in_flight() -> None:
     calls = Calls(1, 4)
     entry = opened(calls, call((0,)))
 
-    assert calls.open(call(), None) is None
+    assert not calls.open(call())
     calls.value(0, entry.id, None)
-    assert calls.open(call(), None) is not None
+    assert calls.open(call())
 
 
-@pytest.mark.parametrize("number", [None, 0])
-def test_call_whose_sending_was_cut_short_gives_its_place_back(number: int | None) -> None:
-    """Whether some ranks have been told or not: what they answer is nobody's. A call that all have been told of stays."""
+def test_answers_to_a_withdrawn_call_are_nobodys() -> None:
+    """What a rank says of a call that was given up while it was being sent changes nothing."""
     calls = Calls(4, 2)
-    sent = opened(calls)
-    cut_short = calls.open(call(), None)
-    assert cut_short is not None
-    cut_short.number = number
-    calls.withdraw_unsent(cut_short.call)
-    calls.withdraw_unsent(sent.call)
+    sent, cut_short = opened(calls), opened(calls)
+    calls.withdraw(cut_short)
 
-    assert [sent] == list(calls.in_flight.values())
-    assert [sent] == calls.acknowledge((cut_short.id, cut_short.id))
     assert [] == calls.value(0, cut_short.id, "late")
+    assert [sent] == calls.acknowledge((cut_short.id, cut_short.id))
 
 
 def test_withdrawn_call_gives_its_place_back() -> None:
-    """A call that was not sent after all takes no place."""
+    """A call that was not sent after all takes no place, not even before it has one."""
     calls = Calls(1, 4)
     calls.withdraw(opened(calls))
 
@@ -238,7 +231,7 @@ def test_error_of_the_only_rank_is_final_at_once() -> None:
     assert [entry] == calls.error(entry.id, failure(0), now=10.0)
     with pytest.raises(ValueError, match="wrong"):
         entry.outcome()
-    assert (0, 100) == (entry.call.failure and entry.call.failure.rank, entry.call.failure and entry.call.failure.pid)
+    assert (0, 100) == (entry.failure and entry.failure.rank, entry.failure and entry.failure.pid)
 
 
 def test_error_waits_a_moment_for_a_death() -> None:
@@ -276,8 +269,8 @@ def test_first_error_by_time_is_raised() -> None:
     with pytest.raises(ValueError, match="first") as caught:
         entry.outcome()
     assert ["also failed: rank 0 (pid 100): ValueError('second')"] == caught.value.__notes__
-    assert entry.call.failure is not None
-    assert 1 == entry.call.failure.rank
+    assert entry.failure is not None
+    assert 1 == entry.failure.rank
 
 
 def test_error_beats_values() -> None:
@@ -336,7 +329,7 @@ def test_rank_that_owes_a_late_reply_is_known() -> None:
     calls.settle(entry)
 
     assert calls.late(0) is None
-    assert calls.late(1) is entry.call
+    assert calls.late(1) is entry
     calls.value(1, entry.id, None)
     assert calls.late(1) is None
 
@@ -419,8 +412,12 @@ def test_first_end_counts() -> None:
 
 
 def granted(calls: Calls) -> list[int]:
-    """Ranks that may start now."""
-    return [rank for rank, _ in calls.grants()]
+    """Ranks that start now: their gates are opened."""
+    grants = calls.grants()
+    assert grants == calls.grants()  # until they are open: Ctrl-C may come before
+    for rank, entry in grants:
+        entry.ungated.remove(rank)
+    return [rank for rank, _ in grants]
 
 
 def test_gates_open_one_after_the_other() -> None:
@@ -439,8 +436,8 @@ def test_gates_open_one_after_the_other() -> None:
 def test_gates_wait_for_the_sending() -> None:
     """A call that is not sent yet opens no gate, and loses none."""
     calls = Calls(4, 4)
-    entry = calls.open(call((0, 1), max_concurrent=1), None)
-    assert entry is not None
+    entry = call((0, 1), max_concurrent=1)
+    assert calls.open(entry)
     assert [] == granted(calls)
     entry.sent = True
 

@@ -11,13 +11,10 @@ import signal
 import subprocess
 import sys
 import termios
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 import exec_core as ec
 from exec_core.testing import faults, workers
@@ -190,87 +187,6 @@ def test_workers_may_write_to_the_drivers_terminal() -> None:
 
     assert 2 == shown.count(b"by a worker")
     assert ANSWER.strip().encode() in shown
-
-
-def test_interrupted_call_leaves_a_usable_executor(launch: Launch) -> None:
-    """A blocking call that Ctrl-C has ended is over for its caller; the next one gets its own answer."""
-    executor = launch(2)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for number in range(20):
-            signal.setitimer(signal.ITIMER_REAL, 0.01 * (1 + number % 3))
-            with pytest.raises(KeyboardInterrupt):
-                executor.collective_rpc(faults.nap, args=(0.05,))
-            assert [(0, number), (1, number)] == executor.collective_rpc("where", args=(number,))
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_interrupts_at_any_moment(launch: Launch) -> None:
-    """However often and wherever Ctrl-C strikes, later calls and futures get their own answers."""
-    executor = launch(2)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    answered = interrupted = 0
-    try:
-        for number in range(300):
-            future = executor.collective_rpc("where", args=(("future", number),), non_block=True)
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + number))
-                try:
-                    for i in range(50):
-                        assert [(0, i), (1, i)] == executor.collective_rpc("where", args=(i,))
-                    answered += 1
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
-                interrupted += 1
-            assert [(0, ("future", number)), (1, ("future", number))] == future.result(30)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-    assert 300 == answered + interrupted
-    assert interrupted > 0
-
-
-def test_interrupts_while_other_threads_call(launch: Launch) -> None:
-    """Ctrl-C in the main thread leaves the calls of other threads alone, blocking ones and futures."""
-    executor = launch(2)
-    stop = threading.Event()
-
-    def call(thread: int) -> int:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            sent: tuple[int, int] = (thread, number)
-            future = executor.collective_rpc("where", 30.0, args=(sent,), non_block=True)
-            assert [(0, number), (1, number)] == executor.collective_rpc("where", 30.0, args=(number,))
-            assert [None, None] == executor.collective_rpc("check_health", 30.0)
-            assert [(0, sent), (1, sent)] == future.result(30)
-        return number
-
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    interrupted = 0
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(call, thread) for thread in range(2)]
-        try:
-            for number in range(2000):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + number % 100))
-                    try:
-                        for i in range(50):
-                            assert [(0, i), (1, i)] == executor.collective_rpc("where", 30.0, args=(i,))
-                            assert [None, None] == executor.collective_rpc("check_health", 30.0)
-                    finally:
-                        signal.setitimer(signal.ITIMER_REAL, 0)
-                except KeyboardInterrupt:
-                    interrupted += 1
-        finally:
-            signal.signal(signal.SIGALRM, before)
-            stop.set()
-
-    assert all(one.result() > 0 for one in calls)
-    assert interrupted > 0
-    assert [(0, 7), (1, 7)] == executor.collective_rpc("where", 30.0, args=(7,))
 
 
 def test_host_logging_that_raises(launch: Launch) -> None:

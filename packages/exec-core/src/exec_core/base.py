@@ -26,7 +26,7 @@ from exec_core.config import ExecutorConfig
 from exec_core.errors import ExecutorClosedError, WorkerDiedError
 from exec_core.group import WorkerGroup, WorkerInfo
 from exec_core.lifecycle import Lifecycle, State
-from exec_core.messages import NO_KWARGS, Request, method_name
+from exec_core.messages import NO_KWARGS, method_name
 from exec_core.startup import Phases, died
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ class BaseExecutor(abc.ABC):
     """
 
     backend: ClassVar[str] = ""
+    _call_type: ClassVar[type[Call]] = Call  # what its `WorkerGroup` takes
 
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
         self._config = config
@@ -59,11 +60,11 @@ class BaseExecutor(abc.ABC):
         self._name = f"exec-{os.getpid()}-{next(_numbers)}"
         self._all_ranks = tuple(range(config.parallel.world_size))
         self._lifecycle = Lifecycle()
-        self._group: WorkerGroup | None = None  # of this generation; set by the thread that starts or tears down
+        self._group: WorkerGroup[Any] | None = None  # of this generation; set by the thread that starts or tears down
         self._closing = threading.Lock()  # held by the one thread that tears down
         self._started = threading.Event()  # not while a start is in progress, in thread _starter
         self._starter: int | None = None
-        self._phases = Phases(self._run, self._all_ranks, config.rpc.startup_timeout_s)
+        self._phases = Phases(self._run, self._call_type, self._all_ranks, config.rpc.startup_timeout_s)
         self._progress_lock = threading.Lock()  # one progress report at a time
         self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
         self._timeout_s = config.rpc.timeout_s
@@ -73,7 +74,7 @@ class BaseExecutor(abc.ABC):
         self._start()
 
     @abc.abstractmethod
-    def _launch(self, deadline: float) -> WorkerGroup:
+    def _launch(self, deadline: float) -> WorkerGroup[Any]:
         """Makes one `WorkerWrapper` per rank exist and reachable by ``deadline``; the one method a backend must have.
 
         Raises:
@@ -169,7 +170,7 @@ class BaseExecutor(abc.ABC):
             self._raise_not_ready()
         self._phases.run(phase, args, max_concurrent)
 
-    def _open_group(self, call: Call) -> WorkerGroup:
+    def _open_group(self, call: Call) -> WorkerGroup[Any]:
         group = self._group
         if group is None:
             raise ExecutorClosedError(f"the executor is {self.state.value}", call.name)
@@ -355,10 +356,12 @@ class BaseExecutor(abc.ABC):
         self._check_ranks(method, runs)
         if max_concurrent_workers is not None and max_concurrent_workers < 1:
             raise ValueError(f"max_concurrent_workers must be >= 1, got {max_concurrent_workers}")
-        request = Request(method, tuple(args), dict(kwargs) if kwargs else NO_KWARGS, bool(replies))
         timeout_s = self._timeout_s if timeout is None else checked_timeout(timeout)
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        return Call(request, runs, replies, timeout_s, deadline, max_concurrent_workers, aggregate)
+        return self._call_type(
+            method, tuple(args), dict(kwargs) if kwargs else NO_KWARGS, bool(replies),
+            runs, replies, timeout_s, deadline, max_concurrent_workers, aggregate,
+        )  # fmt: skip
 
     async def collective_rpc_async(
         self,

@@ -14,11 +14,10 @@ from exec_core.messages import Failure, Request
 
 
 @attrs.define(eq=False)
-class Call:
-    """One collective call.
+class Call(Request):
+    """One collective call: a request, and what concerns its ranks together. A backend may follow it in a class of its own.
 
     Attributes:
-        request: what each rank runs.
         ranks: who runs it, ascending.
         reply_ranks: whose value is returned, ascending; a subset of ``ranks``.
         timeout_s, deadline: limit in seconds, and when that is on the monotonic clock (infinity for no limit).
@@ -27,18 +26,15 @@ class Call:
         failure: set when a rank has failed, before its error is raised.
     """
 
-    request: Request
-    ranks: tuple[int, ...]
-    reply_ranks: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
+    reply_ranks: tuple[int, ...] = ()
     timeout_s: float | None = None
     deadline: float = math.inf
     max_concurrent: int | None = None
     aggregate: Callable[[list[Any]], Any] | None = None
     failure: Failure | None = None
 
-    @property
-    def name(self) -> str:
-        return self.request.name
+    __eq__ = object.__eq__  # two calls are two, whatever they say
 
     def result(self, values: list[Any]) -> Any:
         """What the caller gets for ``values``, one per reply rank in rank order."""

@@ -14,7 +14,7 @@ from exec_core.config import ExecutorConfig
 from exec_core.errors import ConfigError, RpcTimeoutError, WorldJoinError
 from exec_core.execution_loop import ExecutionLoop
 from exec_core.lifecycle import State
-from exec_core.messages import Request, method_name
+from exec_core.messages import method_name
 from exec_core.worker import ReconfigureDistributedRequest
 
 T = TypeVar("T")
@@ -72,8 +72,8 @@ class Executor(BaseExecutor):
 
     def enter_loop(self, rank: int) -> Future[Any]:
         """Sends one rank into the execution loop, past the check that keeps other calls from such ranks."""
-        request = Request("start_worker_execution_loop", wants_value=False)
-        return self._submit(Call(request, (rank,), ()), wait=True)
+        call = self._call_type("start_worker_execution_loop", wants_value=False, ranks=(rank,))
+        return self._submit(call, wait=True)
 
     def check_open(self, method: str) -> None:
         """Raises unless a call may be sent now; see `Lifecycle.check_open`."""

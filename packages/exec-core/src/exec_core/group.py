@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import attrs
 
 from exec_core.calls import Call
 from exec_core.context import WorkerInit
+
+C_contra = TypeVar("C_contra", bound=Call, contravariant=True)
 
 
 @attrs.frozen
@@ -32,17 +34,17 @@ class WorkerInfo:
     timed_out: bool = False
 
 
-class WorkerGroup(Protocol):
-    """The workers of one generation, as a backend's `Executor._launch` makes them."""
+class WorkerGroup(Protocol[C_contra]):
+    """The workers of one generation, as a backend's `Executor._launch` makes them. Its calls are `Executor._call_type`."""
 
     @property
     def inits(self) -> Sequence[WorkerInit]:
         """How to build each worker."""
 
-    def run(self, call: Call) -> Any:
+    def run(self, call: C_contra) -> Any:
         """Sends ``call``, waits for its ranks, returns ``call.result(values)``, or raises with ``call.failure`` set."""
 
-    def submit(self, call: Call, wait: bool) -> Future[Any]:
+    def submit(self, call: C_contra, wait: bool) -> Future[Any]:
         """Sends ``call`` and returns its future.
 
         Raises:

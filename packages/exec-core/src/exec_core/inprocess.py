@@ -59,14 +59,14 @@ class InProcessGroup:
 
     def run(self, call: Call) -> Any:
         inline = self._inline
-        inline.check_not_inside(call.request)
+        inline.check_not_inside(call)
         if not call.ranks:
             return call.result([])
-        now = inline.run_now(call.request)
+        now = inline.run_now(call)
         return self._run_in_turn(call) if now is None else self._outcome(call, now)
 
     def _run_in_turn(self, call: Call) -> Any:
-        job = self._inline.enqueue(call.request)
+        job = self._inline.enqueue(call)
         reply = self._inline.run(job, call.deadline, late=lambda reply: None)
         if reply is None:
             if job.dropped:
@@ -90,7 +90,7 @@ class InProcessGroup:
             return future
         self._take_place(future, call, wait)
         start = functools.partial(self._start, future)
-        job = self._inline.enqueue(call.request, start, functools.partial(self._done, future, call))
+        job = self._inline.enqueue(call, start, functools.partial(self._done, future, call))
         if job.dropped and self._forget(future):
             raise ExecutorClosedError("the executor was shut down", call.name)
         if call.timeout_s is not None:
@@ -154,7 +154,7 @@ class InProcessGroup:
         current = self._inline.current
         late = next(iter(self._late), None)  # it may not have its turn yet
         if current is None and late is not None:
-            current = late.request, late.deadline
+            current = late, late.deadline
         if current is None:
             return [WorkerInfo(self._rank, os.getpid(), "idle")]
         request, since = current

@@ -7,20 +7,21 @@ from typing import Any
 
 from exec_core.calls import Call, deadline_after
 from exec_core.errors import ExecutorFailedError, RpcTimeoutError, WorkerDiedError, WorkerStartupError
-from exec_core.messages import Request
 
 
 class Phases:
     """The calls that make workers ready.
 
     Args:
-        send: runs a call on the workers.
+        send: runs a call on the workers, a ``call_type``.
         ranks: all of them.
         timeout_s: for a phase to be over, or for a rank to report that it has come further; None: no limit.
     """
 
-    def __init__(self, send: Callable[[Call], Any], ranks: tuple[int, ...], timeout_s: float | None) -> None:
-        self._send, self._ranks, self._timeout_s = send, ranks, timeout_s
+    def __init__(
+        self, send: Callable[[Call], Any], call_type: type[Call], ranks: tuple[int, ...], timeout_s: float | None
+    ) -> None:
+        self._send, self._call_type, self._ranks, self._timeout_s = send, call_type, ranks, timeout_s
         self._running: Call | None = None  # set by the thread that starts; its deadline is moved by `progress`
         self._reports: dict[int, tuple[int, int, str]] = {}  # the last one of each rank; by one thread at a time
 
@@ -31,7 +32,9 @@ class Phases:
             WorkerStartupError: naming the first rank to fail, with the original error as cause.
         """
         deadline = deadline_after(self._timeout_s)
-        call = Call(Request(phase, args), self._ranks, (), self._timeout_s, deadline, max_concurrent=max_concurrent)
+        call = self._call_type(
+            phase, args, ranks=self._ranks, timeout_s=self._timeout_s, deadline=deadline, max_concurrent=max_concurrent
+        )
         self._running = call
         try:
             self._send(call)

@@ -66,7 +66,7 @@ class Answers:
                 self.open_gates()
         for entry in closed:
             if entry.late is not None:
-                self.todo.append(functools.partial(self._late, entry.late, entry.call.name))
+                self.todo.append(functools.partial(self._late, entry.late, entry.name))
             elif entry.future is not None or entry.waiter is not None:
                 self.deliver(entry)
         # After recording: interrupted in between, a reply is read again and recognised.
@@ -102,6 +102,7 @@ class Answers:
         for rank, entry in self._calls.grants():
             if entry.number is not None and rank in self._channel.remote_ranks:
                 self._channel.open_gate(rank, entry.number)
+            entry.ungated.remove(rank)
 
     def deliver(self, entry: Entry) -> None:
         """Wakes the caller of a finished entry, or leaves its future to be finished, in `todo`."""

@@ -33,11 +33,11 @@ _NOT_GATED: list[int] = []
 
 
 @attrs.define(eq=False)
-class Entry:
-    """One call in flight.
+class Entry(Call):
+    """One call, and how it fares in flight.
 
     Attributes:
-        id: its number on the wire, from 1.
+        id: its number on the wire, from 1; 0 before it is opened.
         number: its place in the request ring; None until sent, or when no remote rank runs it.
         future: None for a blocking caller.
         values: of the ranks that have answered with more than an acknowledgement; None for an error.
@@ -51,9 +51,8 @@ class Entry:
         job: of rank 0 where that runs here, for a blocking caller.
     """
 
-    id: int
-    call: Call
-    future: Future[Any] | None
+    id: int = 0
+    future: Future[Any] | None = None
     values: dict[int, Any] = _NO_VALUES
     number: int | None = None
     failures: list[Failure] = _NO_FAILURES
@@ -69,7 +68,7 @@ class Entry:
     @property
     def due(self) -> float:
         """When something is to be done about this call even if no reply comes."""
-        return min(self.call.deadline, self.settle_at)
+        return min(self.deadline, self.settle_at)
 
     def is_due(self, now: float) -> bool:
         """Whether something is to be done about this call now."""
@@ -79,11 +78,11 @@ class Entry:
         """The value of a finished call, or its error raised."""
         if self.error is not None:
             if self.failures:
-                self.call.failure = min(self.failures, key=lambda failure: failure.time_ns)
+                self.failure = min(self.failures, key=lambda failure: failure.time_ns)
             raise self.error
-        call, values = self.call, self.values
-        wanted = list(map(values.get, call.reply_ranks)) if values else [None] * len(call.reply_ranks)
-        return wanted if call.aggregate is None else call.aggregate(wanted)
+        values, ranks = self.values, self.reply_ranks
+        wanted = list(map(values.get, ranks)) if values else [None] * len(ranks)
+        return wanted if self.aggregate is None else self.aggregate(wanted)
 
 
 class Calls:
@@ -107,52 +106,41 @@ class Calls:
         """Whether rank 0, in a call here, waits for others in vain: one of them has failed or died."""
         return self.closed_by is not None or any(entry.failures for entry in list(self.in_flight.values()))
 
-    def open(self, call: Call, future: Future[Any] | None) -> Entry | None:
-        """A place for ``call``, or None when `max_in_flight` is reached. `closed_by` is to be looked at after it.
+    def open(self, entry: Entry) -> bool:
+        """Takes a place for ``entry``. False when `max_in_flight` is reached. `closed_by` is to be looked at after it.
 
         A call that runs on few ranks at a time needs the same serialising as the other methods.
         """
         if len(self.in_flight) >= self.max_in_flight:
-            return None
-        entry = Entry(self._next, call, future)
-        if call.max_concurrent is not None and call.max_concurrent < len(call.ranks):
-            entry.ungated = list(call.ranks)
+            return False
+        if entry.max_concurrent is not None and entry.max_concurrent < len(entry.ranks):
+            entry.ungated = list(entry.ranks)
             self.gated.append(entry)
-        self._next += 1
-        self.in_flight[entry.id] = entry
-        return entry
+        entry.id = number = self._next
+        self._next = number + 1
+        self.in_flight[number] = entry
+        return True
 
     def withdraw(self, entry: Entry) -> None:
-        """``entry`` was not sent after all."""
-        self._drop(entry)
-
-    def withdraw_unsent(self, call: Call) -> None:
-        """The sending of ``call`` was interrupted, perhaps before anybody knew its entry.
-
-        What some ranks answer all the same is nobody's.
-        """
-        for entry in list(self.in_flight.values()):
-            if entry.call is call and not entry.sent:
-                self._drop(entry)
-
-    def _drop(self, entry: Entry) -> None:
+        """``entry`` was not sent after all. What some ranks may answer all the same is nobody's."""
         self.in_flight.pop(entry.id, None)
-        if self.gated and entry in self.gated:
+        entry.number = None
+        if entry in self.gated:
             self.gated.remove(entry)
 
     def name_of(self, call_id: int) -> str | None:
         """Method of a call in flight."""
         entry = self.in_flight.get(call_id)
-        return None if entry is None else entry.call.name
+        return None if entry is None else entry.name
 
     def owing(self, entry: Entry) -> list[int]:
         """Ranks that have not answered ``entry``."""
         acks, values, call_id = self._acks, entry.values, entry.id
-        return [rank for rank in entry.call.ranks if acks[rank] < call_id and rank not in values]
+        return [rank for rank in entry.ranks if acks[rank] < call_id and rank not in values]
 
-    def late(self, rank: int) -> Call | None:
+    def late(self, rank: int) -> Entry | None:
         """The oldest call that ``rank`` still owes and whose caller has given up on it."""
-        return next((e.call for e in list(self.in_flight.values()) if e.finished and rank in self.owing(e)), None)
+        return next((e for e in list(self.in_flight.values()) if e.finished and rank in self.owing(e)), None)
 
     def acknowledge(self, acks: Sequence[int]) -> list[Entry]:
         """Each rank has answered its calls up to the id in ``acks``. The entries that nobody owes any more.
@@ -168,8 +156,8 @@ class Calls:
             if call_id <= low or not self.owing(entry):
                 closed.append(entry)
                 if entry.finished:
-                    late = (rank for rank in entry.call.ranks if before[rank] < call_id and rank not in entry.values)
-                    entry.late = next(late, entry.call.ranks[0])  # none is left when Ctrl-C has cut this short before
+                    late = (rank for rank in entry.ranks if before[rank] < call_id and rank not in entry.values)
+                    entry.late = next(late, entry.ranks[0])  # none is left when Ctrl-C has cut this short before
         for entry in closed:
             self._close(entry)
         return closed
@@ -191,34 +179,42 @@ class Calls:
 
     def value(self, rank: int, call_id: int, value: Any) -> list[Entry]:
         """``rank`` has run the call and has a value. Its entry, if nobody owes it any more."""
-        entry = self._owed(rank, call_id)
+        entry = self._answered_by(rank, call_id)
         if entry is None:
             return []
-        return self._answered(entry, rank, None if entry.finished else value)
+        if rank not in entry.values:
+            self._record(entry, rank, None if entry.finished else value)
+        return self._close_if_answered(entry, rank)
 
     def error(self, call_id: int, failure: Failure, now: float) -> list[Entry]:
         """A rank has failed. While others owe an answer, the error is held back for `DEATH_GRACE_S`."""
-        entry = self._owed(failure.rank, call_id)
+        rank = failure.rank
+        entry = self._answered_by(rank, call_id)
         if entry is None:
             return []
-        if not entry.finished:
-            entry.failures = [*entry.failures, failure]
-            entry.settle_at = min(entry.settle_at, now + DEATH_GRACE_S)
-            if entry.waiter is not None:
-                entry.waiter.set()  # it is due sooner now
-        return self._answered(entry, failure.rank, None)
+        if rank not in entry.values:
+            if not entry.finished and all(known.rank != rank for known in entry.failures):
+                entry.failures = [*entry.failures, failure]
+                entry.settle_at = min(entry.settle_at, now + DEATH_GRACE_S)
+                if entry.waiter is not None:
+                    entry.waiter.set()  # it is due sooner now
+            self._record(entry, rank, None)
+        return self._close_if_answered(entry, rank)
 
-    def _owed(self, rank: int, call_id: int) -> Entry | None:
-        """A call in flight, unless ``rank`` has answered it: what is read again, after an interruption, changes nothing."""
+    def _answered_by(self, rank: int, call_id: int) -> Entry | None:
+        """A call in flight, unless ``rank`` has acknowledged it. It may have answered: Ctrl-C has cut short what follows."""
         entry = self.in_flight.get(call_id)
-        return None if entry is None or rank in entry.values or self._acks[rank] >= call_id else entry
+        return None if entry is None or self._acks[rank] >= call_id else entry
 
-    def _answered(self, entry: Entry, rank: int, value: Any) -> list[Entry]:
+    @staticmethod
+    def _record(entry: Entry, rank: int, value: Any) -> None:
+        if entry.ungated and rank in entry.ungated:  # rank 0 inline waits for no gate
+            entry.ungated.remove(rank)
         if entry.values is _NO_VALUES:
             entry.values = {}
         entry.values[rank] = value
-        if entry.ungated and rank in entry.ungated:  # rank 0 inline waits for no gate
-            entry.ungated.remove(rank)
+
+    def _close_if_answered(self, entry: Entry, rank: int) -> list[Entry]:
         if self.owing(entry):
             return []
         if entry.finished:
@@ -264,10 +260,10 @@ class Calls:
         pending = self.owing(entry)
         if entry.failures:
             error = first_failure(entry.failures)
-            error.add_note(f"ranks {pending} are still inside {entry.call.name!r}")
+            error.add_note(f"ranks {pending} are still inside {entry.name!r}")
         else:
-            answered = [rank for rank in entry.call.ranks if rank not in pending]
-            error = RpcTimeoutError(entry.call.name, entry.call.timeout_s or 0.0, answered, pending)
+            answered = [rank for rank in entry.ranks if rank not in pending]
+            error = RpcTimeoutError(entry.name, entry.timeout_s or 0.0, answered, pending)
         self._finish(entry, error)
         return True
 
@@ -282,11 +278,12 @@ class Calls:
         return unfinished
 
     def grants(self) -> list[tuple[int, Entry]]:
-        """Ranks that may now start a gated call. Only the oldest gated call gets any: each rank runs them in order."""
+        """Ranks that may now start a gated call. Only the oldest gated call gets any: each rank runs them in order.
+
+        They are granted again until they are taken out of its ``ungated``, once their gates are open.
+        """
         if not self.gated or not self.gated[0].sent:
             return []
         oldest = self.gated[0]
         running = len(self.owing(oldest)) - len(oldest.ungated)
-        granted = oldest.ungated[: max(0, (oldest.call.max_concurrent or 0) - running)]
-        del oldest.ungated[: len(granted)]
-        return [(rank, oldest) for rank in granted]
+        return [(rank, oldest) for rank in oldest.ungated[: max(0, (oldest.max_concurrent or 0) - running)]]

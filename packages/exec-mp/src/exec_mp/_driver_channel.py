@@ -40,6 +40,7 @@ class DriverChannel:
 
     Attributes:
         is_awake: what `stay_awake` and `may_sleep` have said last.
+        sent: requests published; written by the publishing thread.
         glance: all answers' words as they are now.
         seen: of them, what has been dealt with; for the taking thread, as all that follows `publish` and its kin.
 
@@ -72,7 +73,7 @@ class DriverChannel:
         self._words[self._sleep_word] = 1
         self.is_awake = False
         self._in_order = threading.Lock()  # taken for the locked instruction alone
-        self._sent = 0  # requests published; by the publishing thread
+        self.sent = 0
         self._word = self._numbers[0]  # where the number of the next one goes; likewise
         self._crowded_at = geometry.slots // 2  # requests, from when on it matters who has read how many; likewise
         self._spread_at = _BURST  # the request with which ranks are told to spread
@@ -102,22 +103,22 @@ class DriverChannel:
         reply_ranks: tuple[int, ...],
         kind: int = 0,
         yields: bool = False,
-    ) -> int | None:
-        """Sends one request to ``ranks`` and returns its number, or None while there is no room.
+    ) -> bool:
+        """Sends one request to ``ranks``, whose number is what `sent` was before. False while there is no room.
 
         Args:
             kind: GATED if a rank is to start the call only when `open_gate` says so.
             yields: gives the processor away at once: a rank may be looking for the request, on this very one.
         """
-        number, word = self._sent, self._word
+        number, word = self.sent, self._word
         if number >= self._crowded_at and number - self._count_read() >= self._slots:
-            return None
+            return False
         if number == self._spread_at:
             self._words[self._cpu_word], kind = max(0, processor()), kind | SPREAD
         if body.nbytes:
             described = self._put(name, body, ranks, 8 * word)
             if described is None:
-                return None
+                return False
             kind |= described
         if ranks is not self._ranks or reply_ranks is not self._reply_ranks:
             self._mask = self._masked(ranks, reply_ranks)
@@ -125,7 +126,7 @@ class DriverChannel:
         self._request(self._view, 8 * word + 8, self._mask, call_id, kind, name)
         if not IN_ORDER:
             fence()
-        self._sent = self._words[word] = number + 1  # Ctrl-C comes after calls only, so not before the next line
+        self.sent = self._words[word] = number + 1  # Ctrl-C comes after calls only, so not before the next line
         self._word = self._numbers[(number + 1) % self._slots]
         if yields:
             sched_yield()  # a system call orders memory as well
@@ -134,15 +135,15 @@ class DriverChannel:
                 pass
         if (sleeps := self._sleeps.tobytes()) != self._all_awake:
             self._wake(sleeps, ranks)
-        return number
+        return True
 
     def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
         """Rings the bells of those of ``ranks`` that sleep."""
-        self._spread_at = self._sent + _BURST
         sleeping = self._by_rank.unpack_from(sleeps)
         # Those whom the request is not for must read past it soon, too, once it matters who has read how many.
-        for rank in self.remote_ranks if self._sent > self._crowded_at else ranks:
+        for rank in self.remote_ranks if self.sent > self._crowded_at else ranks:
             if sleeping[rank]:
+                self._spread_at = self.sent + _BURST
                 os.eventfd_write(self.bells[rank], 1)
 
     def _put(self, name: bytes, body: Encoded, ranks: tuple[int, ...], slot: int) -> int | None:
@@ -276,7 +277,7 @@ class DriverChannel:
         if self.look() is not None:
             return True
         rang = rings(self.bell, self._poll, timeout_s)
-        self._spread_at = self._sent + _BURST
+        self._spread_at = self.sent + _BURST
         if not rang:
             return False
         self.quiet()

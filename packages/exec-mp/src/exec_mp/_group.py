@@ -23,7 +23,6 @@ from concurrent.futures import Future
 from typing import Any, NoReturn
 
 from exec_core import messages
-from exec_core.calls import Call
 from exec_core.context import WorkerInit
 from exec_core.errors import (
     ExecutorBusyError,
@@ -35,7 +34,7 @@ from exec_core.errors import (
 )
 from exec_core.group import WorkerInfo
 from exec_core.inline import InlineWorker, Job
-from exec_core.messages import Encoded, Failure, Reply
+from exec_core.messages import Failure, Reply
 from exec_core.wrapper import WorkerWrapper
 from exec_mp._answers import Answers
 from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
@@ -58,7 +57,7 @@ class ProcessGroup:
     def __init__(self, inits: Sequence[WorkerInit], parts: Parts, hooks: Hooks) -> None:
         config, channel = inits[0].config, parts.channel
         self.inits = inits
-        self._parts, self._hooks = parts, hooks
+        self._parts, self._hooks, self._room = parts, hooks, hooks.room
         self._pids, self._channel = parts.pids, channel
         self._max_message_bytes = config.rpc.max_message_bytes
         self._lock = threading.Lock()
@@ -89,18 +88,18 @@ class ProcessGroup:
 
     # Calls
 
-    def run(self, call: Call) -> Any:
+    def run(self, call: Entry) -> Any:
         inline = self._inline
         if inline is not None:
-            inline.check_not_inside(call.request)
+            inline.check_not_inside(call)
         if not call.ranks:
             return call.result([])
-        entry = self._send(call, None, wait=True)
-        if inline is not None and entry.job is not None:
-            self._run_inline(inline, entry, entry.job)
-        self._receiver.wait(entry)
-        self._hooks.room.made()
-        return entry.outcome()
+        self._send(call, wait=True)
+        if inline is not None and call.job is not None:
+            self._run_inline(inline, call, call.job)
+        self._receiver.wait(call)
+        self._room.made()
+        return call.outcome()
 
     def _is_hopeless(self) -> bool:
         """Asked by rank 0 here while it waits for the others to join: its thread is the one that would hear of them."""
@@ -109,7 +108,7 @@ class ProcessGroup:
 
     def _run_inline(self, inline: InlineWorker, entry: Entry, job: Job) -> None:
         try:
-            reply = inline.run(job, entry.call.deadline, late=lambda reply: self._local_reply(entry, reply))
+            reply = inline.run(job, entry.deadline, late=lambda reply: self._local_reply(entry, reply))
         except BaseException as error:  # Ctrl-C: rank 0 has left the call, which is over for the others as well
             self._local_reply(entry, Reply.of_error(error))
             with self._lock:
@@ -118,84 +117,94 @@ class ProcessGroup:
         if reply is not None:
             self._local_reply(entry, reply)
 
-    def submit(self, call: Call, wait: bool) -> Future[Any]:
-        future: Future[Any] = Future()
+    def submit(self, call: Entry, wait: bool) -> Future[Any]:
+        future = call.future = Future()
         if not call.ranks:
             future.set_result(call.result([]))
             return future
-        entry = self._send(call, future, wait)
-        self._receiver.future_added(entry)
+        if self._inline is None or call.ranks != (0,):
+            future.set_running_or_notify_cancel()  # a reply may come before it has been sent to all
+        self._send(call, wait)
+        self._receiver.future_added(call)
         return future
 
-    def _send(self, call: Call, future: Future[Any] | None, wait: bool) -> Entry:
-        name, body = messages.encode_call(call.request)
+    def _send(self, call: Entry, wait: bool) -> None:
+        """Returns when ``call`` has been sent to all its ranks."""
+        calls, channel, inline = self._calls, self._channel, self._inline
+        ranks = call.ranks if inline is None else tuple(rank for rank in call.ranks if rank != 0)
+        name, body = messages.encode_call(call)
         limit = self._max_message_bytes
         if limit is not None and body.nbytes > limit:
             raise MessageTooLargeError(call.name, body.nbytes, limit, "raise RpcConfig.max_message_bytes or send less")
         while True:
-            try:
-                with self._send_lock:
-                    entry = self._try_send(call, future, name, body)
-            except BaseException:
-                with self._lock:
-                    self._calls.withdraw_unsent(call)
-                raise
-            if entry is not None:
-                return entry
+            with self._send_lock:
+                try:
+                    has_room = calls.open(call) if call.max_concurrent is None else self._open_gated(call)
+                    if calls.closed_by is not None:
+                        self._raise_closed(calls.closed_by, call.name)
+                    if has_room and ranks:
+                        call.number, kind = channel.sent, GATED if call.ungated else 0
+                        has_room = channel.publish(
+                            call.id, name, body, ranks, call.reply_ranks, kind, call.future is None
+                        )
+                    if has_room:
+                        if inline is not None and 0 in call.ranks:
+                            self._enqueue_inline(inline, call)
+                        call.sent = True
+                        if call.ungated:
+                            self._open_gates()
+                        return
+                    self._withdraw(call)
+                except BaseException as error:
+                    self._cut_short(call, error)
+                    raise
             if not wait or not self._receiver.wait_for_room(call.deadline):
-                self._raise_no_room(call, future)
+                self._raise_no_room(call)
 
-    def _try_send(self, call: Call, future: Future[Any] | None, name: bytes, body: Encoded) -> Entry | None:
-        """Sends ``call`` to its ranks; None while there is no room."""
-        calls, inline, ranks = self._calls, self._inline, call.ranks
-        entry = calls.open(call, future) if call.max_concurrent is None else self._open_gated(call, future)
-        if calls.closed_by is not None:
-            self._raise_closed(calls.closed_by, call.name)
-        if entry is None:
-            return None
-        if inline is not None:
-            ranks = tuple(rank for rank in ranks if rank != 0)
-        if ranks:
-            if future is not None and not future.running():
-                future.set_running_or_notify_cancel()  # a reply may come before publish returns
-            kind = GATED if entry.ungated else 0
-            entry.number = self._channel.publish(entry.id, name, body, ranks, call.reply_ranks, kind, future is None)
-            if entry.number is None:
-                with self._lock:
-                    calls.withdraw(entry)
-                return None
-        if inline is not None and 0 in call.ranks:
-            self._enqueue_inline(inline, entry)
-        entry.sent = True
-        if entry.ungated:
-            with self._lock:
-                self._answers.open_gates()
-        return entry
-
-    def _open_gated(self, call: Call, future: Future[Any] | None) -> Entry | None:
+    def _open_gated(self, call: Entry) -> bool:
         with self._lock:
-            return self._calls.open(call, future)
+            return self._calls.open(call)
+
+    def _open_gates(self) -> None:
+        with self._lock:
+            self._answers.open_gates()
+
+    def _withdraw(self, call: Entry) -> None:
+        with self._lock:
+            self._calls.withdraw(call)
+
+    def _cut_short(self, call: Entry, error: BaseException) -> None:
+        """The sending of ``call`` has failed, or Ctrl-C has come; perhaps when ranks had been told of it, which will run it."""
+        if call.number is None or self._channel.sent <= call.number:
+            self._withdraw(call)
+            return
+        with self._lock:
+            self._calls.abandon(call, error)
+            if self._inline is not None and not call.sent and 0 in call.ranks:
+                self._calls.value(0, call.id, None)  # rank 0 may not know of it
+            call.sent = True  # so that no rank stays before a closed gate
+            self._answers.open_gates()
+        self._receiver.look_again()
 
     def _enqueue_inline(self, inline: InlineWorker, entry: Entry) -> None:
-        request, future = entry.call.request, entry.future
+        future = entry.future
         if future is None:
-            entry.job = inline.enqueue(request)
+            entry.job = inline.enqueue(entry)
             return
 
         def start() -> bool:
             if future.running() or entry.finished or future.set_running_or_notify_cancel():
                 return True
-            with self._lock:
-                self._calls.withdraw(entry)
+            self._withdraw(entry)
             return False
 
-        inline.enqueue(request, start, lambda reply: self._local_reply(entry, reply))
+        inline.enqueue(entry, start, lambda reply: self._local_reply(entry, reply))
 
     def _local_reply(self, entry: Entry, reply: Reply) -> None:
         """Rank 0's, which runs here."""
         with self._lock:
             if reply.error is None:
-                value = reply.value if 0 in entry.call.reply_ranks else None
+                value = reply.value if 0 in entry.reply_ranks else None
                 closed = self._calls.value(0, entry.id, value)
             else:
                 failure = Failure(0, os.getpid(), reply.error, reply.time_ns)
@@ -214,12 +223,12 @@ class ProcessGroup:
             raise ExecutorClosedError(str(error), method)
         raise ExecutorFailedError(error, method) from error
 
-    def _raise_no_room(self, call: Call, future: Future[Any] | None) -> None:
+    def _raise_no_room(self, call: Entry) -> NoReturn:
         limit = self._calls.max_in_flight
         count = len(self._calls.in_flight)
         full = count >= limit
         why = "no room" if full else "a rank is far behind and the ring is full"
-        if future is None:
+        if call.future is None:
             raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=f"not sent: {why}")
         remedy = "wait for a call, or raise RpcConfig.max_in_flight"
         raise ExecutorBusyError(call.name, why, count, limit, remedy)
@@ -236,7 +245,7 @@ class ProcessGroup:
             future.set_exception(error)
         else:
             future.set_result(value)
-        self._hooks.room.made()
+        self._room.made()
 
     def _settle(self, entries: Sequence[Entry]) -> None:
         """Finishes entries that are due: with a held-back error, or as timed out and then with the stacks of the pending ranks."""
@@ -255,7 +264,7 @@ class ProcessGroup:
 
     def _waits_for_death(self, entry: Entry, now: float) -> bool:
         """Whether an error is held back further: a rank that owes an answer is dying, which takes as long as freeing its memory."""
-        if not entry.failures or now >= min(entry.call.deadline, entry.failures[0].time_ns / 1e9 + _DYING_S):
+        if not entry.failures or now >= min(entry.deadline, entry.failures[0].time_ns / 1e9 + _DYING_S):
             return False
         if not self._processes.is_exiting(self._processes.alive.intersection(self._calls.owing(entry))):
             return False

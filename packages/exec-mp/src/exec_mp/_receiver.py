@@ -83,63 +83,65 @@ class Receiver:
 
     # A blocking caller
 
-    def wait(self, entry: Entry) -> None:
+    def wait(self, entry: Entry) -> None:  # noqa: C901, PLR0912 # in one: the way of every call
         """Returns when ``entry`` is finished."""
         thread = get_ident()
-        if thread == self._ident:  # a callback that calls: this thread must go on watching
-            with self._lock:
-                if not self._leader:
-                    self._arm(on=True)
-            while not entry.finished:
-                self.turn(entry.due)
-                if entry.is_due(time.monotonic()):
-                    self._settle([entry])
+        if thread == self._ident:
+            self._turn_until_finished(entry)
             return
+        leader, calls, channel, alone = self._leader, self._calls, self._channel, thread == _MAIN
         try:
-            while not self._wait_once(entry, thread == _MAIN):
-                if entry.is_due(time.monotonic()):
+            while True:
+                try:
+                    if (alone and len(calls.in_flight) > 1) or leader.setdefault(None, entry) is not entry:
+                        self._follow(entry)
+                    elif not entry.finished:  # else the channel may be gone
+                        if not channel.is_awake:
+                            channel.stay_awake()
+                        # What all have acknowledged needs no processing while it is the only call: none can have replied.
+                        at_once = len(entry.ranks) == self._remote and entry.max_concurrent is None
+                        complete = channel.acked_by_all(entry.id) if at_once else b""
+                        if channel.glance() == complete and calls.close_only(entry):
+                            channel.seen = complete
+                        else:
+                            self._lead(entry, alone, complete)
+                finally:  # also when Ctrl-C comes between any two lines
+                    if leader.get(None) is entry:
+                        leader.pop(None)  # first: who has not seen this, is seen now
+                        if calls.in_flight or self._followers:
+                            self._step_down(None)
+                    else:
+                        self._unfollow(entry)
+                if self._todo:
+                    self.act()
+                if entry.finished:
+                    break
+                if entry.is_due(monotonic()):
                     self._settle([entry])
         except BaseException as error:
-            with self._lock:
-                self._calls.abandon(entry, error)
-            self._unfollow(entry)  # Ctrl-C may have come in the middle of either
-            self._step_down(entry)
-            self._step_down(None)  # the lead may have been given up, and nobody have been looked for
-            self.look_again()
+            self._left(entry, error)
             raise
         if entry.waiter is not None:
             self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
 
-    def _wait_once(self, entry: Entry, alone: bool) -> bool:
-        """Whether ``entry`` is finished, after a wait in which something may have happened.
+    def _turn_until_finished(self, entry: Entry) -> None:
+        """A callback, on the background thread, that calls: this thread must go on watching."""
+        with self._lock:
+            if not self._leader:
+                self._arm(on=True)
+        while not entry.finished:
+            self.turn(entry.due)
+            if entry.is_due(monotonic()):
+                self._settle([entry])
 
-        Args:
-            alone: leads only while no other call is in flight.
-        """
-        leader, calls, channel, call = self._leader, self._calls, self._channel, entry.call
-        try:
-            if (alone and len(calls.in_flight) > 1) or leader.setdefault(None, entry) is not entry:
-                self._follow(entry)
-            elif not entry.finished:  # else the channel may be gone
-                if not channel.is_awake:
-                    channel.stay_awake()
-                # What all have acknowledged needs no processing while it is the only call: none of them can have replied.
-                at_once = len(call.ranks) == self._remote and call.max_concurrent is None
-                complete = channel.acked_by_all(entry.id) if at_once else b""
-                if channel.glance() == complete and calls.close_only(entry):
-                    channel.seen = complete
-                else:
-                    self._lead(entry, alone, complete)
-        finally:  # also when Ctrl-C comes between any two lines
-            if leader.get(None) is entry:
-                leader.pop(None)  # first: who has not seen this, is seen now
-                if calls.in_flight or self._followers:
-                    self._step_down(None)
-            else:
-                self._unfollow(entry)
-        if self._todo:
-            self.act()
-        return entry.finished
+    def _left(self, entry: Entry, error: BaseException) -> None:
+        """The caller of ``entry`` no longer waits for it; Ctrl-C may have come in the middle of anything."""
+        with self._lock:
+            self._calls.abandon(entry, error)
+        self._unfollow(entry)
+        self._step_down(entry)
+        self._step_down(None)  # the lead may have been given up, and nobody have been looked for
+        self.look_again()
 
     def _follow(self, entry: Entry) -> None:
         """Waits while another leads, until ``entry`` is finished or due, or its caller is to lead."""
@@ -153,7 +155,7 @@ class Receiver:
                 if self._may_lead():
                     return
                 self._arm(on=True)
-        entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - time.monotonic()))
+        entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - monotonic()))
 
     def _lead(self, entry: Entry, alone: bool, complete: bytes) -> None:
         """Until ``entry``, which is not, is finished or due, or something is to be done without the lead.
@@ -216,7 +218,7 @@ class Receiver:
 
     def wait_for_room(self, deadline: float) -> bool:
         """Lets replies in while there is no room to send; False when ``deadline`` has passed."""
-        now = time.monotonic()
+        now = monotonic()
         if now >= deadline:
             return False
         if self.is_current_thread():
@@ -315,7 +317,7 @@ class Receiver:
                 self._arm(bool(self._calls.in_flight))
         self._poller.turn(self._wake_at)
         self.act()
-        now = time.monotonic()
+        now = monotonic()
         with self._lock:
             overdue = self._calls.overdue(now)
         if overdue:

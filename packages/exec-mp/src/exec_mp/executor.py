@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from exec_core import affinity, devices, logs
 from exec_core.context import WorkerInit
@@ -15,6 +15,7 @@ from exec_core.errors import ConfigError, ExecutorError, WorkerStartupError
 from exec_core.executor import Executor
 from exec_core.group import WorkerGroup
 from exec_core.inprocess import InProcessGroup
+from exec_mp._calls import Entry
 from exec_mp._channel import SPIN_S
 from exec_mp._group import ProcessGroup
 from exec_mp._launcher import LIMITS, Session, boot_record, open_session, run_program
@@ -35,9 +36,10 @@ class MultiprocessingDistributedExecutor(Executor):
     """
 
     backend: ClassVar[str] = "mp"
+    _call_type = Entry
     _session: Session | None = None  # while it is being launched
 
-    def _launch(self, deadline: float) -> WorkerGroup:
+    def _launch(self, deadline: float) -> WorkerGroup[Any]:
         _check(self._config.parallel.data_parallel_size)
         inline = self._config.parallel.driver_worker == "inline"
         if inline and self.world_size == 1:

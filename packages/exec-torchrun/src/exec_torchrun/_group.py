@@ -42,13 +42,13 @@ class SpmdGroup(InProcessGroup):
         self._guard.check()
 
     def run(self, call: Call) -> Any:
-        if type(call.request) is not Plan:
-            call.request = Plan.of(call, self._gathers)
+        assert isinstance(call, Plan)  # the executor's `_call_type`
+        call.decide(self._gathers)
         return super().run(call)
 
     def submit(self, call: Call, wait: bool) -> Future[Any]:
-        if type(call.request) is not Plan:
-            call.request = Plan.of(call, self._gathers)
+        assert isinstance(call, Plan)  # the executor's `_call_type`
+        call.decide(self._gathers)
         return super().submit(call, wait)
 
     def _outcome(self, call: Call, reply: Reply) -> Any:

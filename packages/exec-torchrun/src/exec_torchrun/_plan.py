@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from typing import Any
 
@@ -11,41 +10,29 @@ import attrs
 from exec_core import messages
 from exec_core.calls import Call
 from exec_core.errors import RankDivergenceError
-from exec_core.messages import Encoded, Failure, Reply, Request
+from exec_core.messages import Encoded, Failure, Reply
 
 _HEAD = struct.Struct("<BQ")  # of a value or an error: format, pid
 
 
-@attrs.define
-class Plan(Request):
-    """A request with what only the ranks together can do.
+@attrs.define(eq=False)
+class Plan(Call):
+    """A call as the ranks together run it. Its ranks are positions in the replica.
 
     Attributes:
-        ranks, reply_ranks: positions in the replica: who runs it, whose value is returned.
-        gather: every rank gets the values of ``reply_ranks``; otherwise only its own, if it is one of them.
-        timeout_s, deadline, max_concurrent: see `exec_core.calls.Call`.
+        gather: every rank gets the values of ``reply_ranks``; otherwise only its own, if it is one of them. None: to be decided.
     """
 
-    ranks: tuple[int, ...] = ()
-    reply_ranks: tuple[int, ...] = ()
-    gather: bool = False
-    timeout_s: float | None = None
-    deadline: float = math.inf
-    max_concurrent: int | None = None
+    gather: bool | None = None
 
     @property
     def options(self) -> tuple[Any, ...]:
         """What beside method and arguments must be the same on all ranks."""
         return self.ranks, self.reply_ranks, self.gather
 
-    @classmethod
-    def of(cls, call: Call, gather: bool) -> Plan:
-        """The plan of ``call``: values travel if they are asked for, or if not those of all ranks are wanted."""
-        request = call.request
-        return cls(
-            request.method, request.args, request.kwargs, request.wants_value, call.ranks, call.reply_ranks,
-            gather or call.reply_ranks != call.ranks, call.timeout_s, call.deadline, call.max_concurrent,
-        )  # fmt: skip
+    def decide(self, gathers: bool) -> None:
+        """Values travel if they are asked for, by ``gathers`` where the call does not say, or if not those of all ranks are wanted."""
+        self.gather = (gathers if self.gather is None else self.gather) or self.reply_ranks != self.ranks
 
 
 @attrs.define  # not frozen: one is made for every call

@@ -54,6 +54,7 @@ class ExecutorWithExternalLauncher(Executor):
     """
 
     backend: ClassVar[str] = "torchrun"
+    _call_type = Plan
     divergence_timeout_s: ClassVar[float | None] = 4.0
     error_grace_s: ClassVar[float] = 5.0
     gather: ClassVar[bool] = False
@@ -161,8 +162,8 @@ class ExecutorWithExternalLauncher(Executor):
             Exception: what the first rank to fail has raised, on every rank.
         """
         call = self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate)
-        if gather:
-            call.request = Plan.of(call, gather=True)
+        assert isinstance(call, Plan)  # see `_call_type`
+        call.gather = gather
         group = self._group or self._open_group(call)
         return group.submit(call, wait=True) if non_block else group.run(call)
 

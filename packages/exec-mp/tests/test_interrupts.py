@@ -1,0 +1,178 @@
+"""Ctrl-C in the main thread, at any moment of a call: the call is over for its caller, and nothing else is."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from exec_core.testing import faults
+
+from .conftest import Launch
+
+
+def test_interrupted_call_leaves_a_usable_executor(launch: Launch) -> None:
+    """A blocking call that Ctrl-C has ended is over for its caller; the next one gets its own answer."""
+    executor = launch(2)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for number in range(20):
+            signal.setitimer(signal.ITIMER_REAL, 0.01 * (1 + number % 3))
+            with pytest.raises(KeyboardInterrupt):
+                executor.collective_rpc(faults.nap, args=(0.05,))
+            assert [(0, number), (1, number)] == executor.collective_rpc("where", args=(number,))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_interrupts_at_any_moment(launch: Launch) -> None:
+    """However often and wherever Ctrl-C strikes, later calls and futures get their own answers."""
+    executor = launch(2)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    answered = interrupted = 0
+    try:
+        for number in range(300):
+            future = executor.collective_rpc("where", args=(("future", number),), non_block=True)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + number))
+                try:
+                    for i in range(50):
+                        assert [(0, i), (1, i)] == executor.collective_rpc("where", args=(i,))
+                    answered += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert [(0, ("future", number)), (1, ("future", number))] == future.result(30)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert 300 == answered + interrupted
+    assert interrupted > 0
+
+
+def test_interrupts_while_other_threads_call(launch: Launch) -> None:
+    """Ctrl-C in the main thread leaves the calls of other threads alone, blocking ones and futures."""
+    executor = launch(2)
+    stop = threading.Event()
+
+    def call(thread: int) -> int:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            sent: tuple[int, int] = (thread, number)
+            future = executor.collective_rpc("where", 30.0, args=(sent,), non_block=True)
+            assert [(0, number), (1, number)] == executor.collective_rpc("where", 30.0, args=(number,))
+            assert [None, None] == executor.collective_rpc("check_health", 30.0)
+            assert [(0, sent), (1, sent)] == future.result(30)
+        return number
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(call, thread) for thread in range(2)]
+        try:
+            for number in range(2000):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + number % 100))
+                    try:
+                        for i in range(50):
+                            assert [(0, i), (1, i)] == executor.collective_rpc("where", 30.0, args=(i,))
+                            assert [None, None] == executor.collective_rpc("check_health", 30.0)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            stop.set()
+
+    assert all(one.result() > 0 for one in calls)
+    assert interrupted > 0
+    assert [(0, 7), (1, 7)] == executor.collective_rpc("where", 30.0, args=(7,))
+
+
+# At every point
+
+
+class Interrupter:
+    """A profile function: raises KeyboardInterrupt at the ``at``-th point where the interpreter may look for signals.
+
+    Those are the start of a function and the end of one written in C. Raised from here, the exception comes out of the very
+    instruction that a signal's would come out of, which a trace function's does not.
+
+    Attributes:
+        where: that point; None before it is reached.
+    """
+
+    def __init__(self, at: int) -> None:
+        self._points = at
+        self.where: str | None = None
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
+        if event in {"call", "c_return"} and frame.f_code.co_filename != __file__:
+            self._points -= 1
+            if not self._points:
+                stack = traceback.extract_stack(frame)
+                self.where = " > ".join(f"{one.name}:{one.lineno}" for one in stack if one.filename != __file__)
+                raise KeyboardInterrupt
+
+
+def interrupted(call: Callable[[], object], at: int) -> str | None:
+    """Where ``call`` was interrupted; None when it ran to its end before."""
+    interrupter = Interrupter(at)
+    sys.setprofile(interrupter)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    return interrupter.where
+
+
+def in_flight(executor: Any) -> Any:
+    """Calls that have a place; it may be the background thread that deals with the last one."""
+    calls, until = executor._group._calls.in_flight, time.monotonic() + 5
+    while calls and time.monotonic() < until:
+        time.sleep(0.001)
+    return calls
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "prompt": {"method": "check_health"},
+    "with a value": {"method": "where", "args": (1,)},
+    "staggered": {"method": "where", "args": (1,), "max_concurrent_workers": 1},
+    "future": {"method": "where", "args": (1,), "non_block": True},
+    "staggered future": {"method": "where", "args": (1,), "non_block": True, "max_concurrent_workers": 1},
+    "some ranks": {"method": "where", "args": (1,), "ranks": [1]},
+}
+
+
+@pytest.mark.parametrize("driver_worker", ["process"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupt_at_every_point(launch: Launch, kind: str, driver_worker: str) -> None:
+    """Wherever it strikes, the next calls get their own answers, and no place in flight is lost."""
+    executor = launch(2, parallel={"driver_worker": driver_worker}, rpc={"timeout_s": 20.0, "max_in_flight": 2})
+    call, at = KINDS[kind], 0
+    where: str | None = ""
+    while where is not None:
+        at += 1
+        where = interrupted(lambda: executor.collective_rpc(**call), at)
+        try:
+            for number in (at, -at):
+                assert [(0, number), (1, number)] == executor.collective_rpc("where", args=(number,))
+            assert [0, 1] == [r for r, _ in executor.collective_rpc("where", args=(0,), max_concurrent_workers=1)]
+            assert not in_flight(executor)
+        except Exception as error:
+            error.add_note(f"after an interrupt at {where}")
+            raise
+    assert at > 20  # it had something to interrupt
