@@ -17,7 +17,7 @@ import torch
 from exec_core import messages
 from exec_core.errors import MessageTooLargeError
 from exec_mp import _driver_channel, _worker_channel
-from exec_mp._channel import EXIT, GATED, NOTHING
+from exec_mp._channel import GATED, NOTHING, Incoming
 from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._layout import Geometry
 from exec_mp._worker_channel import WorkerChannel
@@ -33,19 +33,34 @@ class Ends:
         self.workers = {
             rank: WorkerChannel(driver.fd, driver.geometry, rank, driver.bells[rank], driver.bell) for rank in ranks
         }
+        self.requests = {rank: worker.requests() for rank, worker in self.workers.items()}
 
     def close(self) -> None:
         """Lets go of everything; a worker's end goes with its process, and here with what refers to it."""
         self.driver.close()
-        del self.driver, self.workers
+        del self.driver, self.workers, self.requests
 
     def send(self, value: object, ranks: tuple[int, ...] = (0, 1), call_id: int = 7) -> bool:
         """Publishes ``value`` as the arguments of a call. Whether there was room."""
         return self.driver.publish(call_id, b"load", messages.encode(value), ranks, ranks)
 
+    def next(self, rank: int) -> Incoming:
+        """The next request for ``rank``, which it does not acknowledge."""
+        request = next(self.requests[rank])
+        self.workers[rank].is_answered = True
+        return request
+
+    def acknowledge(self, rank: int, call_id: int) -> None:
+        """``rank`` runs a call, has nothing to say about it, and goes on to another request."""
+        for number in (call_id, call_id + 100):
+            self.driver.publish(number, b"load", NOTHING, (rank,), ())
+        assert call_id == self.next(rank)[0]
+        self.workers[rank].is_answered = False
+        assert call_id + 100 == self.next(rank)[0]
+
     def receive(self, rank: int) -> Any:
         """What the next request for ``rank`` carries."""
-        body = self.workers[rank].next()[3]
+        body = self.next(rank)[3]
         assert body is not None
         value = messages.decode(*body)
         del body
@@ -72,9 +87,9 @@ class Ends:
         acks, taken = self.driver.seen[:half], self.driver.seen[half:]
         return acks, taken[: 8 * rank] + struct.pack("<Q", number) + taken[8 * rank + 8 :]
 
-    def rung(self) -> bool:
+    def rung(self, within_s: float = 0.0) -> bool:
         """Whether the driver's bell has rung."""
-        return bool(select.select([self.driver.bell], [], [], 0)[0])
+        return bool(select.select([self.driver.bell], [], [], within_s)[0])
 
     def replied(self) -> list[int]:
         """Ranks with a reply in their ring."""
@@ -111,7 +126,7 @@ def test_request_carries_everything(ends: Ends) -> None:
     ends.driver.publish(7, b"load", messages.encode((1, "x")), (0, 1), (1,))
     wanted = []
     for rank in (0, 1):
-        call_id, name, wants_value, body = ends.workers[rank].next()
+        call_id, name, wants_value, body = ends.next(rank)
         assert body is not None
         assert (7, "load", (1, "x")) == (call_id, name, messages.decode(*body))
         wanted.append(wants_value != 0)
@@ -251,7 +266,7 @@ def test_more_ranks_than_bits_in_a_word() -> None:
         ends.driver.publish(2, b"load", messages.encode("all"), tuple(range(130)), (0, 64))
         got = {}
         for rank in (63, 129, 0, 64):
-            call_id, _, wants_value, _ = ends.workers[rank].next()
+            call_id, _, wants_value, _ = ends.next(rank)
             got[rank] = call_id, wants_value != 0
             ends.workers[rank].done_reading()
         for rank in (129, 64):
@@ -271,7 +286,7 @@ def test_gated_request_waits_for_its_gate(ends: Ends) -> None:
 
     def read() -> None:
         for _ in range(2):
-            got.append(ends.workers[0].next()[0])
+            got.append(ends.next(0)[0])
             ends.workers[0].done_reading()
 
     thread = threading.Thread(target=read)
@@ -285,9 +300,9 @@ def test_gated_request_waits_for_its_gate(ends: Ends) -> None:
 def test_acknowledgements_of_all_ranks_are_seen_at_once(ends: Ends) -> None:
     """What ranks acknowledge is seen without a reply of theirs, the last call standing for those before it."""
     assert ends.driver.look() is None
-    ends.workers[0].acknowledge(8)
-    ends.workers[1].acknowledge(8)
-    ends.workers[1].acknowledge(9)
+    ends.acknowledge(0, 8)
+    ends.acknowledge(1, 8)
+    ends.acknowledge(1, 9)
 
     words = ends.driver.look()
     assert words is not None
@@ -299,7 +314,7 @@ def test_acknowledgements_of_all_ranks_are_seen_at_once(ends: Ends) -> None:
 def test_acknowledgement_does_not_overtake_a_reply(ends: Ends) -> None:
     """Who sees that a later call is acknowledged sees the reply to an earlier one as well."""
     ends.answer(0, "value", call_id=8)
-    ends.workers[0].acknowledge(9)
+    ends.acknowledge(0, 9)
 
     words = ends.driver.look()
     assert words is not None
@@ -309,20 +324,43 @@ def test_acknowledgement_does_not_overtake_a_reply(ends: Ends) -> None:
 def test_acknowledgement_wakes_a_sleeper(ends: Ends) -> None:
     """The bell rings for a driver that sleeps."""
     ends.driver.stay_awake()
-    ends.workers[0].acknowledge(8)
+    ends.acknowledge(0, 8)
     assert not ends.rung()
     ends.driver.may_sleep()
-    ends.workers[0].acknowledge(9)
+    ends.acknowledge(0, 9)
 
     assert ends.rung()
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_acknowledgement_comes_before_waiting(ends: Ends, sleeps: bool) -> None:
+    """A rank that has nothing else to do acknowledges first, and wakes a driver that sleeps."""
+    if not sleeps:
+        ends.driver.stay_awake()
+    ends.driver.publish(8, b"load", NOTHING, (0,), ())
+    ends.next(0)
+    ends.workers[0].is_answered = False
+    thread = threading.Thread(target=list, args=(ends.requests[0],))
+    thread.start()
+    until = time.monotonic() + 30
+    while ends.driver.look() is None and time.monotonic() < until:
+        time.sleep(0.001)
+    words = ends.driver.look()
+    rung = ends.rung(within_s=5.0 if sleeps else 0.1)
+    ends.driver.publish_exit()
+    thread.join(30)
+
+    assert words is not None
+    assert (8, 0) == ends.driver.acks(words)
+    assert sleeps == rung
 
 
 def test_acknowledgements_of_one_call_are_known_beforehand(ends: Ends) -> None:
     """What all ranks' acknowledgements look like together, which a reply of any rank changes."""
     complete = ends.driver.acked_by_all(8)
-    ends.workers[1].acknowledge(8)
+    ends.acknowledge(1, 8)
     assert complete != ends.driver.glance()
-    ends.workers[0].acknowledge(8)
+    ends.acknowledge(0, 8)
     assert complete == ends.driver.glance()
     words = ends.driver.words(complete)
     assert not ends.driver.has_replies(words)
@@ -343,22 +381,22 @@ def test_acknowledgements_are_known_beforehand_after_replies_too(ends: Ends) -> 
     complete = ends.driver.acked_by_all(8)
     assert complete != ends.driver.glance()
     for rank in (0, 1):
-        ends.workers[rank].acknowledge(8)
+        ends.acknowledge(rank, 8)
 
     assert complete == ends.driver.glance()
 
 
-@pytest.mark.parametrize("acknowledges", [True, False])
-def test_current_call_is_shown(ends: Ends, acknowledges: bool) -> None:
-    """The driver sees which call a rank is in, and since when; until it is acknowledged, or the rank is idle."""
+@pytest.mark.parametrize("answered", [True, False])
+def test_current_call_is_shown(ends: Ends, answered: bool) -> None:
+    """The driver sees which call a rank is in, and since when; until it goes on to the next request."""
     assert 0 == ends.driver.current(1)[0]
     ends.send(b"", call_id=9)
-    ends.workers[1].next()
+    ends.next(1)
     call_id, since_ns = ends.driver.current(1)
-    if acknowledges:
-        ends.workers[1].acknowledge(9)
-    else:
-        ends.workers[1].set_idle()
+    ends.workers[1].done_reading()
+    ends.workers[1].is_answered = answered
+    ends.driver.publish_exit()
+    assert [] == list(ends.requests[1])
 
     assert 9 == call_id
     assert 0 <= time.monotonic_ns() - since_ns < 60e9
@@ -370,9 +408,9 @@ def test_exit_reaches_everyone(ends: Ends) -> None:
     ends.send("last", (1,))
     ends.driver.publish_exit()
 
-    assert EXIT == ends.workers[0].next()[0]
+    assert [] == list(ends.requests[0])
     assert "last" == ends.receive(1)
-    assert EXIT == ends.workers[1].next()[0]
+    assert [] == list(ends.requests[1])
 
 
 def test_sleeper_is_woken(ends: Ends) -> None:
@@ -395,7 +433,7 @@ def test_longest_name_on_its_own(ends: Ends) -> None:
     name = "n" * messages.NAME_BYTES
     ends.driver.publish(1, name.encode(), NOTHING, (0,), ())
 
-    assert name == ends.workers[0].next()[1]
+    assert name == ends.next(0)[1]
 
 
 def test_who_is_awake_is_not_rung(ends: Ends) -> None:
@@ -421,9 +459,9 @@ def test_ranks_are_told_to_spread_once_a_burst_has_begun(monkeypatch: pytest.Mon
         for _ in range(2):
             for _ in range(40):
                 assert ends.driver.publish(1, b"load", NOTHING, (0,), ())
-                assert 1 == ends.workers[0].next()[0]
+                assert 1 == ends.next(0)[0]
                 ends.driver.publish(2, b"load", NOTHING, (1,), ())
-                assert 2 == ends.workers[1].next()[0]
+                assert 2 == ends.next(1)[0]
                 counts.append(len(told))
             ends.driver.sleep(0.0)
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+import exec_core as ec
 from exec_core.testing import faults
 
-from .conftest import Launch
+Launch = Callable[..., ec.Executor]
 
 
 def test_interrupted_call_leaves_a_usable_executor(launch: Launch) -> None:
@@ -37,7 +38,7 @@ def test_interrupts_at_any_moment(launch: Launch) -> None:
     """However often and wherever Ctrl-C strikes, later calls and futures get their own answers."""
     executor = launch(2)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    answered = interrupted = 0
+    interrupted = 0
     try:
         for number in range(300):
             future = executor.collective_rpc("where", args=(("future", number),), non_block=True)
@@ -46,7 +47,6 @@ def test_interrupts_at_any_moment(launch: Launch) -> None:
                 try:
                     for i in range(50):
                         assert [(0, i), (1, i)] == executor.collective_rpc("where", args=(i,))
-                    answered += 1
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
@@ -55,7 +55,6 @@ def test_interrupts_at_any_moment(launch: Launch) -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
 
-    assert 300 == answered + interrupted
     assert interrupted > 0
 
 

@@ -35,6 +35,7 @@ class Call(Request):
     failure: Failure | None = None
 
     __eq__ = object.__eq__  # two calls are two, whatever they say
+    __hash__ = object.__hash__  # type: ignore[assignment] # which `Request` has not
 
     def result(self, values: list[Any]) -> Any:
         """What the caller gets for ``values``, one per reply rank in rank order."""

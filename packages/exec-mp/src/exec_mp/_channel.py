@@ -1,8 +1,8 @@
 """Bytes between the driver and its workers: shared memory (`exec_mp._layout`), and an eventfd for each to sleep on.
 
-    driver   DriverChannel.publish ==request ring==> WorkerChannel.next          worker
-    driver   DriverChannel.take    <==reply ring==   WorkerChannel.publish       worker (one ring each)
-    driver   DriverChannel.look    <==its word==     WorkerChannel.acknowledge   worker, when there is nothing to say
+    driver   DriverChannel.publish ==request ring==> WorkerChannel.requests   worker
+    driver   DriverChannel.take    <==reply ring==   WorkerChannel.publish    worker (one ring each)
+    driver   DriverChannel.look    <==its word==     WorkerChannel.requests   worker, when there is nothing to say
 
 A message up to ``inline_bytes`` lies in its ring slot, a larger one in a block of the writer's arena.
 

@@ -8,6 +8,7 @@ import select
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from os import sched_yield
 from time import monotonic_ns
 
@@ -20,13 +21,18 @@ from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Share
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
 
+_OF_EACH_CALL = _layout.ACKS, _layout.CURRENT_CALL, _layout.SINCE_NS, _layout.REQUESTS_READ
 _ORDERS = GATED | SPREAD  # what a request's kind may say beside what body it has, which stands above
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
 
 class WorkerChannel:
-    """A worker's end: reads requests, writes replies. The main thread reads; writers hold the caller's lock."""
+    """A worker's end: reads requests, writes replies. The main thread reads; writers hold the caller's lock.
+
+    Attributes:
+        is_answered: set for a request that is answered by `publish`, now or later.
+    """
 
     def __init__(self, fd: int, geometry: Geometry, rank: int, bell: int, driver_bell: int) -> None:
         self._fd, self._geometry, self._rank = fd, geometry, rank
@@ -40,17 +46,16 @@ class WorkerChannel:
         self._numbers = [(geometry.requests + slot * geometry.request_slot) // 8 for slot in range(geometry.slots)]
         self._request_head, self._reply_slot = geometry.request_head, geometry.reply_slot
         self._inline_bytes = geometry.inline_bytes
+        self.is_answered = False
         self._read = self._replied = 0
         self._word = self._numbers[0]  # where the next request's number appears
         self._at = {row: shared.word(row, rank) for row in range(_layout.STACKS + 1)}
-        self._current, self._since = self._at[_layout.CURRENT_CALL], self._at[_layout.SINCE_NS]
         self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
         self._replies_read, self._sleeps = self._at[_layout.REPLIES_READ], self._at[_layout.SLEEPS]
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._pace = Pace(geometry.spin_s)
-        self._acks = self._at[_layout.ACKS]
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
         reply_holds = shared.holds(geometry.reply_holds(rank), BLOCKS)
@@ -59,32 +64,53 @@ class WorkerChannel:
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
 
-    def next(self) -> Incoming:
-        """The next request for this rank, which it is shown to be in from now on. Skips those for others."""
-        words, bit = self._words, self._bit
+    def requests(self) -> Iterator[Incoming]:  # noqa: C901, PLR0912 # in one: the way of every call
+        """The requests for this rank, which it is shown to be in, until it is to leave. Skips those for others.
+
+        A request is acknowledged when the next one is asked for: it has been run, and there is nothing to say. Unless
+        `is_answered`.
+        """
+        words, view, head, bit = self._words, self._view, self._head, self._bit
+        names, numbers, slots, driver_sleeps = self._names, self._numbers, self._slots, self._driver_sleeps
+        acks, current, since, position = (self._at[row] for row in _OF_EACH_CALL)
         while True:
             word, read = self._word, self._read
             if words[word] <= read:
                 self._await(word, read + 1)
             if not IN_ORDER:
                 fence()
-            runs, wants, call_id, kind, padded = self._head(self._view, 8 * word + 8)
-            if runs & bit:
-                break
-            self.done_reading()
-        if kind & _ORDERS:
-            self._obey(kind, read + 1)
-        words[self._since] = monotonic_ns()
-        words[self._current] = call_id
-        try:
-            name = self._names[padded]
-        except KeyError:
-            name = self._names[padded] = padded.rstrip(b"\0").decode()
-        if kind > _ORDERS:
-            return call_id, name, wants & bit, self._body(8 * word, kind)
-        self._read = read = words[self._position] = read + 1
-        self._word = self._numbers[read % self._slots]
-        return call_id, name, wants & bit, None
+            runs, wants, call_id, kind, padded = head(view, 8 * word + 8)
+            if not runs & bit:
+                self.done_reading()
+                continue
+            if not call_id:  # EXIT
+                return
+            if kind & _ORDERS:
+                self._obey(kind, read + 1)
+            words[since] = monotonic_ns()
+            words[current] = call_id
+            try:
+                name = names[padded]
+            except KeyError:
+                name = names[padded] = padded.rstrip(b"\0").decode()
+            if kind > _ORDERS:
+                yield call_id, name, wants & bit, self._body(8 * word, kind)
+            else:
+                self._read = words[position] = read + 1
+                self._word = numbers[(read + 1) % slots]
+                yield call_id, name, wants & bit, None
+            if self.is_answered:
+                self.is_answered = False
+                words[current] = 0
+                continue
+            if not IN_ORDER:
+                fence()
+            words[acks] = call_id  # which says "in no call" as well
+            if words[self._word] <= self._read and not words[driver_sleeps]:  # there is nothing to do
+                sched_yield()  # at once: the driver may be looking for it, on this very processor
+                if not words[driver_sleeps]:  # a system call orders memory as well
+                    continue
+            self._ring_driver()
 
     def _obey(self, kind: int, number: int) -> None:
         """Before a request is run."""
@@ -110,7 +136,7 @@ class WorkerChannel:
         return body, fmt, True
 
     def done_reading(self) -> None:
-        """The body is copied out or held; its slot may be used again. Without a body, `next` has done this."""
+        """The body is copied out or held; its slot may be used again. Without a body, `requests` has done this."""
         self._read = read = self._words[self._position] = self._read + 1
         self._word = self._numbers[read % self._slots]
 
@@ -139,10 +165,6 @@ class WorkerChannel:
                 os.eventfd_read(self._bell)
         self._words[self._sleeps] = 0
 
-    def set_idle(self) -> None:
-        """Shows the driver that this rank is in no call. An acknowledgement of the call says so as well."""
-        self._words[self._current] = 0
-
     def count_stack(self) -> None:
         """One more stack report is written."""
         self._words[self._at[_layout.STACKS]] += 1
@@ -166,24 +188,17 @@ class WorkerChannel:
         if not IN_ORDER:
             fence()
         self._replied = words[self._replies] = number + 1
-        self.acknowledge()
-
-    def acknowledge(self, call_id: int = 0) -> None:
-        """Says that all calls up to ``call_id`` are answered: those without a reply in the ring, with nothing to say.
-
-        Without it, only that there is a reply.
-        """
-        words = self._words
         if not IN_ORDER:
             fence()
-        if call_id:
-            words[self._acks] = call_id
-        if words[self._word] <= self._read and not words[self._driver_sleeps]:  # there is nothing to do
-            sched_yield()  # at once: the driver may be looking for it, on this very processor
-        else:
-            with self._in_order:
-                pass
-        if words[self._driver_sleeps]:  # looked at after the lock, or after a system call, which orders memory as well
+        if words[self._word] <= self._read and not words[self._driver_sleeps]:
+            sched_yield()
+        self._ring_driver()
+
+    def _ring_driver(self) -> None:
+        """Wakes the driver, if it sleeps."""
+        with self._in_order:
+            pass
+        if self._words[self._driver_sleeps]:
             os.eventfd_write(self._driver_bell, 1)
 
     @property

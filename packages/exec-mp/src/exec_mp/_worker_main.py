@@ -1,7 +1,7 @@
 """A worker process: takes requests from its channel, runs them on the main thread, replies.
 
-    WorkerChannel.next -> decode -> WorkerWrapper.execute -> Replier.send -> WorkerChannel.publish       a value, an error
-                                                                          -> WorkerChannel.acknowledge   nothing to say
+    WorkerChannel.requests -> decode -> WorkerWrapper.run -> Replier.send -> WorkerChannel.publish   a value, an error
+                                                          -> WorkerChannel.requests, asked again   nothing to say
 
 A second thread, started for the first method that returns an async output, finishes those.
 """
@@ -50,7 +50,6 @@ class Replier:
         An acknowledgement would be one for the calls before it as well.
         """
         self._publish(call_id, Status.VALUE, NOTHING, 0)
-        self._channel.set_idle()
 
     def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
         status, body, error = Status.VALUE, NOTHING, reply.error
@@ -142,28 +141,21 @@ def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) 
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
     outputs, run = _Outputs(wrapper, replier), wrapper.run
-    while True:
-        call_id, name, wanted, body = channel.next()
+    for call_id, name, wanted, body in channel.requests():
         if body is None:
-            if not call_id:  # EXIT
-                break
             reply = run(name, (), NO_KWARGS)
         else:
-            name, reply = _run(name, body, channel, wrapper)
-            body = None
-        if reply is _DONE or (not wanted and reply.error is None):
-            if replier.settled == replier.unsettled:
-                channel.acknowledge(call_id)
-            else:
+            name, reply = _run(name, body, channel, wrapper)  # noqa: PLW2901 # the name may have been in the body
+            body = None  # noqa: PLW2901 # it does not outlive the call
+        silent = reply is _DONE or (not wanted and reply.error is None)
+        if not silent or replier.settled != replier.unsettled:
+            channel.is_answered = True
+            if silent:
                 replier.done(call_id)
-        else:
-            value = reply.value
-            if value is None or as_async_output(value) is None:
+            elif reply.value is None or as_async_output(reply.value) is None:
                 replier.send(call_id, name, reply, wanted != 0)
             else:
-                outputs.put(call_id, name, value)
-            channel.set_idle()  # after the reply, which is waited for
-            del value
+                outputs.put(call_id, name, reply.value)
         del reply
     outputs.close()
 
