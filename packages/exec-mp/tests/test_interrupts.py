@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
 from typing import Any
 
 import pytest
 
 import exec_core as ec
 from exec_core.testing import faults
+from exec_core.testing.interrupts import interrupted
 
 Launch = Callable[..., ec.Executor]
 
@@ -102,42 +100,6 @@ def test_interrupts_while_other_threads_call(launch: Launch) -> None:
 # At every point
 
 
-class Interrupter:
-    """A profile function: raises KeyboardInterrupt at the ``at``-th point where the interpreter may look for signals.
-
-    Those are the start of a function and the end of one written in C. Raised from here, the exception comes out of the very
-    instruction that a signal's would come out of, which a trace function's does not.
-
-    Attributes:
-        where: that point; None before it is reached.
-    """
-
-    def __init__(self, at: int) -> None:
-        self._points = at
-        self.where: str | None = None
-
-    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
-        if event in {"call", "c_return"} and frame.f_code.co_filename != __file__:
-            self._points -= 1
-            if not self._points:
-                stack = traceback.extract_stack(frame)
-                self.where = " > ".join(f"{one.name}:{one.lineno}" for one in stack if one.filename != __file__)
-                raise KeyboardInterrupt
-
-
-def interrupted(call: Callable[[], object], at: int) -> str | None:
-    """Where ``call`` was interrupted; None when it ran to its end before."""
-    interrupter = Interrupter(at)
-    sys.setprofile(interrupter)
-    try:
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.setprofile(None)
-    return interrupter.where
-
-
 def in_flight(executor: Any) -> Any:
     """Calls that have a place; it may be the background thread that deals with the last one."""
     calls, until = executor._group._calls.in_flight, time.monotonic() + 5
@@ -156,7 +118,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("driver_worker", ["process"])
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # one that strikes in a finaliser is lost
+@pytest.mark.parametrize("driver_worker", ["process", "inline"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupt_at_every_point(launch: Launch, kind: str, driver_worker: str) -> None:
     """Wherever it strikes, the next calls get their own answers, and no place in flight is lost."""

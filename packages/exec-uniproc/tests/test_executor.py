@@ -1,6 +1,7 @@
 """What is particular to one worker in the caller's process."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ import exec_core as ec
 import exec_uniproc.executor
 from exec_core import devices
 from exec_core.testing import Gate, workers
+from exec_core.testing.interrupts import interrupted
 from exec_core.testing.leaks import descendants
 from exec_core.testing.workers import EchoWorker
 from exec_uniproc import UniProcExecutor
@@ -209,3 +211,42 @@ def test_keyboard_interrupt_of_the_user_is_the_users(start: Start) -> None:
         executor.collective_rpc(workers.fail, args=(KeyboardInterrupt(),))
 
     assert [(0, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # one that strikes in a finaliser is lost
+@pytest.mark.parametrize("options", [{}, {"non_block": True}], ids=["blocking", "future"])
+def test_interrupt_at_every_point(start: Start, options: dict[str, Any]) -> None:
+    """Wherever Ctrl-C strikes in a call, the next ones get their own answers, and no place in flight is lost."""
+    executor = start(rpc=ec.RpcConfig(timeout_s=20.0, max_in_flight=1))
+    at = 0
+    found: str | None = ""
+    while found is not None:
+        at += 1
+        found = interrupted(lambda: executor.collective_rpc("where", args=(1,), **options), at)
+        try:
+            assert [(0, at)] == executor.collective_rpc("where", args=(at,))
+            assert [(0, -at)] == executor.collective_rpc("where", args=(-at,), non_block=True).result(20)
+        except Exception as error:
+            error.add_note(f"after an interrupt at {found}")
+            raise
+    assert at > 10  # it had something to interrupt
+
+
+def test_interrupted_wait_for_a_turn(start: Start, gate: Gate) -> None:
+    """A caller whom Ctrl-C takes out of the queue keeps nobody behind it."""
+    executor = start(rpc=ec.RpcConfig(timeout_s=20.0))
+    held = executor.collective_rpc(workers.wait_at, args=(gate,), non_block=True)
+    gate.entered([0])
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            executor.collective_rpc("where", args=(1,))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    gate.open()
+    held.result(20)
+
+    assert [(0, 2)] == executor.collective_rpc("where", args=(2,))

@@ -19,21 +19,19 @@ class Room:
     """The line of tasks that wait for room: they are served in the order they came, which is then the order of their calls.
 
     Tasks come and go, and backends look, on any thread: each a single atomic operation of the deque.
+
+    Attributes:
+        line: who waits. While it is not empty, who comes is not served before them, and the end of a call is `made` known.
     """
 
     def __init__(self) -> None:
-        self._line: deque[_Place] = deque()
-
-    @property
-    def is_waited_for(self) -> bool:
-        """Whether there is a line: who comes now is not served before it."""
-        return bool(self._line)
+        self.line: deque[_Place] = deque()
 
     def made(self) -> None:
-        """For backends: a call has ended."""
-        if self._line:
+        """For backends: a call has ended. Does nothing while nobody waits."""
+        if self.line:
             try:
-                first = self._line[0]
+                first = self.line[0]
             except IndexError:  # it has left meanwhile, and has said so itself
                 return
             first.wake()
@@ -41,17 +39,17 @@ class Room:
     def enter(self) -> _Place:
         """A place at the end of the line, for the running task."""
         place = _Place()
-        self._line.append(place)
+        self.line.append(place)
         return place
 
     def leave(self, place: _Place) -> None:
         """Gives it up, served or not."""
-        self._line.remove(place)
+        self.line.remove(place)
         self.made()
 
     def is_first(self, place: _Place) -> bool:
         """Whether it is this one's turn."""
-        return self._line[0] is place
+        return self.line[0] is place
 
 
 class _Place:
@@ -81,7 +79,7 @@ async def awaited(submit: Callable[[Call, bool], Future[Any]], call: Call, room:
     Raises:
         RpcTimeoutError: when there was none before the call's deadline.
     """
-    if not room.is_waited_for:
+    if not room.line:
         future = None
         with contextlib.suppress(ExecutorBusyError):
             future = submit(call, False)

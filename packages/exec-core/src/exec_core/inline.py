@@ -1,11 +1,12 @@
 """One rank's worker in this process, its calls run one at a time in the order in which they were enqueued.
 
-    enqueue(request) -> Job      under the caller's send order
-    run(job)                     by the blocking caller itself, when it is the job's turn
-    (otherwise)                  by one thread of our own, started for the first job that needs it
+    enqueue(job)     under the caller's send order
+    run(job)         by the blocking caller itself, when it is the job's turn
+    leave(job)       by a caller that Ctrl-C has interrupted, wherever in the two above
+    (otherwise)      by one thread of our own, started for the first job that needs it
 
-A job is handed on by whoever finishes the one before it, so the lock is held for a few instructions and never while a
-worker method runs.
+The turn is handed on by whoever finishes the job before, so the lock is held for a few instructions and never while a
+worker method runs. What must not be cut in two by a signal stands between two calls: there none comes in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import attrs
 
@@ -36,16 +36,20 @@ class Job:
     Attributes:
         start: asked before it runs; False drops it (a cancelled future).
         done: takes the reply, for a job that the thread runs; None while a blocking caller owns it.
-        turn: set when it is the caller's turn, or when the job was dropped; made only when the caller has to wait.
+        turn: released when it is the caller's turn, or when the job was dropped; made only when the caller has to wait.
         replies: gets the reply of a blocking call that our own thread makes, in a callback.
+        begun: its caller runs it, or has run it.
+        given: our thread has it.
     """
 
     request: Request
     start: Callable[[], bool] | None = None
     done: Callable[[Reply], None] | None = None
-    turn: threading.Event | None = None
+    turn: threading.Lock | None = None
     dropped: bool = False
     replies: list[Reply] | None = None
+    begun: bool = False
+    given: bool = False
 
 
 class InlineWorker:
@@ -55,8 +59,8 @@ class InlineWorker:
         self._wrapper = wrapper
         self._lock = threading.Lock()  # guards the four below
         self._waiting: deque[Job] = deque()  # jobs whose turn has not come, in order
-        self._busy = False  # a job has its turn
-        self._threads: list[threading.Thread] = []
+        self._turn: object = None  # whose turn it is: a job, or the request of `run_now`
+        self._threads: dict[str, threading.Thread] = {}  # by name; written without it too, by single steps
         self._closed = False
         self._runner: int | None = None  # thread inside a worker method; written by that thread
         self._current: tuple[Request, float] | None = None  # what it runs and since when; likewise
@@ -76,42 +80,40 @@ class InlineWorker:
                 f"{method!r} was called from inside a worker method of the same executor: it would never return"
             )
 
-    def enqueue(
-        self,
-        request: Request,
-        start: Callable[[], bool] | None = None,
-        done: Callable[[Reply], None] | None = None,
-    ) -> Job:
-        """Takes the next place in the queue. With ``done`` our thread runs it; without, the caller must `run` it."""
-        job = Job(request, start, done)
-        if done is None and self._is_serving():
+    def enqueue(self, job: Job) -> None:
+        """Takes the next place in the queue. With ``done`` our thread runs it; without, the caller must `run` or `leave` it."""
+        if job.done is None and self._is_serving():
             job.replies = []
-            job.done = done = job.replies.append
+            job.done = job.replies.append
         with self._lock:
             if self._closed:
                 job.dropped = True
-                return job
-            if done is not None:
+                return
+            if job.done is not None:
                 self._start_thread(_SERVING, self._serve)
-            if self._busy:
-                job.turn = threading.Event() if done is None else None
+            if self._turn is not None:
+                if job.done is None:
+                    job.turn = threading.Lock()
+                    job.turn.acquire()
                 self._waiting.append(job)
-                return job
-            self._busy = True
-        if done is not None:
+                return
+            self._turn = job
+        if job.done is not None:
+            job.given = True
             self._turns.put(job)
-        return job
 
     def run_now(self, request: Request) -> Reply | None:
         """Runs ``request`` on the calling thread if nothing else runs or waits; else None."""
-        with self._lock:
-            if self._busy or self._closed:
-                return None
-            self._busy = True
         try:
+            with self._lock:
+                if self._turn is not None or self._closed:
+                    return None
+                self._turn = request
             reply = self._execute(request)
-        finally:
-            self._hand_on()
+            self._hand_on(request)
+        except BaseException:
+            self._hand_on(request)
+            raise
         return reply if reply.value is None else self._settled(request, reply)
 
     def run(self, job: Job, deadline: float, late: Callable[[Reply], None]) -> Reply | None:
@@ -124,30 +126,52 @@ class InlineWorker:
             return self._serve_until(job, job.replies)
         turn = job.turn
         if turn is not None:
-            remaining = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
-            if not turn.wait(remaining) and self._leave_to_thread(job, late):
-                return None
-            turn.wait()
+            remaining = (
+                -1 if deadline == float("inf") else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+            )
+            if not turn.acquire(timeout=remaining):
+                with self._lock:
+                    if job in self._waiting:
+                        self._leave_waiting(job, late)
+                        return None
+                turn.acquire()  # its turn came meanwhile
         if job.dropped:
             return None
-        try:
-            reply = self._execute(job.request)
-        finally:
-            self._hand_on()
+        job.begun = True
+        reply = self._execute(job.request)
+        self._hand_on(job)
         return self._settled(job.request, reply)
 
-    def _leave_to_thread(self, job: Job, late: Callable[[Reply], None]) -> bool:
-        with self._lock:
-            if job not in self._waiting:
-                return False  # its turn came meanwhile
+    def _leave_waiting(self, job: Job, late: Callable[[Reply], None]) -> None:
+        """Under the lock: leaves a job that waits for its turn to our thread."""
+        if job.done is None:
             job.turn, job.done = None, late
-            self._start_thread(_SERVING, self._serve)
-            return True
+        self._start_thread(_SERVING, self._serve)
+
+    def leave(self, job: Job, late: Callable[[Reply], None]) -> bool:
+        """For a caller that was interrupted in `enqueue` or `run`. Twice is fine.
+
+        A job that has not begun is left to our thread, as in `run`. False for one that has never been in the queue.
+        """
+        with self._lock:
+            if job in self._waiting:
+                self._leave_waiting(job, late)
+                return True
+            if self._turn is job and not job.begun and not job.given:
+                job.done = job.done or late
+                self._start_thread(_SERVING, self._serve)
+                job.given = True
+                self._turns.put(job)
+        if job.begun:
+            self._hand_on(job)
+        return job.begun or job.given
 
     def _execute(self, request: Request) -> Reply:
-        self._runner, self._current = threading.get_ident(), (request, time.monotonic())
-        reply = self._wrapper.execute(request)  # never raises
-        self._runner = self._current = None
+        try:
+            self._runner, self._current = threading.get_ident(), (request, time.monotonic())
+            reply = self._wrapper.execute(request)
+        finally:
+            self._runner = self._current = None
         return reply if reply.error is None else self._checked(request, reply)
 
     def _checked(self, request: Request, reply: Reply) -> Reply:
@@ -174,17 +198,25 @@ class InlineWorker:
         except BaseException as error:
             return self._checked(request, Reply.of_error(error))
 
-    def _hand_on(self) -> None:
-        """Gives the turn to the next job."""
-        with self._lock:
-            if not self._waiting:
-                self._busy = False
-                return
-            job = self._waiting.popleft()
-        if job.done is not None:
-            self._turns.put(job)
-        elif job.turn is not None:
-            job.turn.set()
+    def _hand_on(self, turn: object) -> None:
+        """Gives the turn, if ``turn`` still has it, to the next job."""
+        job = None
+        try:
+            with self._lock:
+                if self._turn is not turn:
+                    return
+                if not self._waiting:
+                    self._turn = None
+                    return
+                self._turn = job = self._waiting[0]
+                del self._waiting[0]
+        finally:
+            if job is not None:
+                if job.done is not None:
+                    job.given = True
+                    self._turns.put(job)
+                elif job.turn is not None:
+                    job.turn.release()
 
     def _serve(self) -> None:
         select_device(self._wrapper.context)
@@ -195,7 +227,7 @@ class InlineWorker:
         reply = None
         if job.start is None or job.start():
             reply = self._execute(job.request)
-        self._hand_on()
+        self._hand_on(job)
         if reply is None or job.done is None:
             return
         if job.replies is None and as_async_output(reply.value) is not None:
@@ -206,7 +238,7 @@ class InlineWorker:
             job.done(self._settled(job.request, reply))
 
     def _is_serving(self) -> bool:
-        return any(t is threading.current_thread() and t.name == _SERVING for t in self._threads)
+        return self._threads.get(_SERVING) is threading.current_thread()
 
     def _serve_until(self, job: Job, replies: list[Reply]) -> Reply | None:
         """A callback on our thread makes a blocking call: the jobs before it are this thread's to run, too."""
@@ -227,10 +259,16 @@ class InlineWorker:
                 job.done(self._settled(job.request, reply))
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> None:
-        if not any(thread.name == name for thread in self._threads):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            self._threads.append(thread)
+        if name not in self._threads:
+            thread = threading.Thread(target=self._serve_as, args=(name, target), name=name, daemon=True)
             thread.start()
+            self._threads.setdefault(name, thread)
+
+    def _serve_as(self, name: str, target: Callable[[], None]) -> None:
+        """Runs ``target`` unless another thread does: one whose starting was interrupted may have started all the same."""
+        thread = threading.current_thread()
+        if self._threads.setdefault(name, thread) is thread:
+            target()
 
     def drop_waiting(self) -> None:
         """Takes no more jobs, and drops those whose turn has not come."""
@@ -241,64 +279,16 @@ class InlineWorker:
         for job in dropped:
             job.dropped = True
             if job.turn is not None:
-                job.turn.set()
+                job.turn.release()
 
     def close(self, deadline: float) -> bool:
         """Drops what waits, and ends the threads by ``deadline``. False when a worker method is still running then."""
         self.drop_waiting()
         self._turns.put(None)
         self._unsettled.put(None)
-        for thread in self._threads:
+        for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
-        while self._busy and self._runner != threading.get_ident() and time.monotonic() < deadline:
+        while self._turn is not None and self._runner != threading.get_ident() and time.monotonic() < deadline:
             time.sleep(0.001)  # another thread's blocking call; nothing signals its end to a closer
-        return not self._busy
-
-
-class Deadlines:
-    """Calls ``expire(item)`` for items whose deadline passes, on one thread that runs only while there are any."""
-
-    def __init__(self, expire: Callable[[Any], None]) -> None:
-        self._expire = expire
-        self._changed = threading.Condition()  # guards the three below
-        self._items: dict[Any, float] = {}
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def add(self, item: Any, deadline: float) -> None:
-        with self._changed:
-            sooner = deadline < min(self._items.values(), default=float("inf"))
-            self._items[item] = deadline
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._watch, name="exec-deadlines", daemon=True)
-                self._thread.start()
-            elif sooner:
-                self._changed.notify()
-
-    def discard(self, item: Any) -> None:
-        with self._changed:
-            self._items.pop(item, None)
-
-    def _watch(self) -> None:
-        while True:
-            with self._changed:
-                if self._closed:
-                    return
-                now = time.monotonic()
-                due = [item for item, deadline in self._items.items() if deadline <= now]
-                for item in due:
-                    del self._items[item]
-                if not due:
-                    soonest = min(self._items.values(), default=None)
-                    self._changed.wait(None if soonest is None else soonest - now)
-            for item in due:
-                self._expire(item)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        return self._turn is None

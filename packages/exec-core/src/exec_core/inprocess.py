@@ -18,9 +18,10 @@ from typing import Any
 from exec_core.asynchronous import Room
 from exec_core.calls import Call
 from exec_core.context import WorkerInit
+from exec_core.deadlines import Deadlines
 from exec_core.errors import ExecutorBusyError, ExecutorClosedError, RpcTimeoutError
 from exec_core.group import WorkerInfo
-from exec_core.inline import Deadlines, InlineWorker
+from exec_core.inline import InlineWorker, Job
 from exec_core.messages import Failure, Reply
 from exec_core.wrapper import WorkerWrapper
 
@@ -66,8 +67,13 @@ class InProcessGroup:
         return self._run_in_turn(call) if now is None else self._outcome(call, now)
 
     def _run_in_turn(self, call: Call) -> Any:
-        job = self._inline.enqueue(call)
-        reply = self._inline.run(job, call.deadline, late=lambda reply: None)
+        job = Job(call)
+        try:
+            self._inline.enqueue(job)
+            reply = self._inline.run(job, call.deadline, late=_ignore)
+        except BaseException:
+            self._inline.leave(job, late=_ignore)
+            raise
         if reply is None:
             if job.dropped:
                 raise ExecutorClosedError("the executor was shut down", call.name)
@@ -88,13 +94,18 @@ class InProcessGroup:
         if not call.ranks:
             future.set_result(call.result([]))
             return future
-        self._take_place(future, call, wait)
-        start = functools.partial(self._start, future)
-        job = self._inline.enqueue(call, start, functools.partial(self._done, future, call))
+        job = Job(call, functools.partial(self._start, future), functools.partial(self._done, future, call))
+        try:
+            self._take_place(future, call, wait)
+            self._inline.enqueue(job)
+            if call.timeout_s is not None:
+                self._deadlines.add(future, call.deadline)
+        except BaseException:
+            if not self._inline.leave(job, late=_ignore):
+                self._forget(future)
+            raise
         if job.dropped and self._forget(future):
             raise ExecutorClosedError("the executor was shut down", call.name)
-        if call.timeout_s is not None:
-            self._deadlines.add(future, call.deadline)
         return future
 
     def _start(self, future: Future[Any]) -> bool:
@@ -174,3 +185,7 @@ class InProcessGroup:
             self._wrapper.context.log.warning(
                 "a worker method is still running in this process; its worker is not shut down"
             )
+
+
+def _ignore(reply: Reply) -> None:
+    """Nobody waits for it any more."""

@@ -94,12 +94,27 @@ class ProcessGroup:
             inline.check_not_inside(call)
         if not call.ranks:
             return call.result([])
-        self._send(call, wait=True)
-        if inline is not None and call.job is not None:
-            self._run_inline(inline, call, call.job)
-        self._receiver.wait(call)
-        self._room.made()
+        try:
+            self._send(call, wait=True)
+            if inline is not None and call.job is not None:
+                self._run_inline(inline, call, call.job)
+            self._receiver.wait(call)
+        except BaseException as error:  # Ctrl-C, say, also between those
+            self._leave(call, error)
+            raise
+        if self._room.line:
+            self._room.made()
         return call.outcome()
+
+    def _leave(self, call: Entry, error: BaseException) -> None:
+        """The caller of ``call`` no longer waits for it. One that was not sent may be tried again."""
+        if not call.sent:
+            return
+        with self._lock:
+            self._calls.abandon(call, error)
+        if self._inline is not None and call.job is not None:
+            self._inline.leave(call.job, late=functools.partial(self._local_reply, call))
+        self._receiver.look_again()
 
     def _is_hopeless(self) -> bool:
         """Asked by rank 0 here while it waits for the others to join: its thread is the one that would hear of them."""
@@ -108,14 +123,12 @@ class ProcessGroup:
 
     def _run_inline(self, inline: InlineWorker, entry: Entry, job: Job) -> None:
         try:
-            reply = inline.run(job, entry.deadline, late=lambda reply: self._local_reply(entry, reply))
+            reply = inline.run(job, entry.deadline, late=functools.partial(self._local_reply, entry))
+            if reply is not None:
+                self._local_reply(entry, reply)
         except BaseException as error:  # Ctrl-C: rank 0 has left the call, which is over for the others as well
             self._local_reply(entry, Reply.of_error(error))
-            with self._lock:
-                self._calls.abandon(entry, error)
             raise
-        if reply is not None:
-            self._local_reply(entry, reply)
 
     def submit(self, call: Entry, wait: bool) -> Future[Any]:
         future = call.future = Future()
@@ -124,8 +137,12 @@ class ProcessGroup:
             return future
         if self._inline is None or call.ranks != (0,):
             future.set_running_or_notify_cancel()  # a reply may come before it has been sent to all
-        self._send(call, wait)
-        self._receiver.future_added(call)
+        try:
+            self._send(call, wait)
+            self._receiver.future_added(call)
+        except BaseException as error:
+            self._leave(call, error)
+            raise
         return future
 
     def _send(self, call: Entry, wait: bool) -> None:
@@ -175,21 +192,25 @@ class ProcessGroup:
 
     def _cut_short(self, call: Entry, error: BaseException) -> None:
         """The sending of ``call`` has failed, or Ctrl-C has come; perhaps when ranks had been told of it, which will run it."""
-        if call.number is None or self._channel.sent <= call.number:
+        inline, job = self._inline, call.job
+        runs_here = (
+            inline is not None and job is not None and inline.leave(job, functools.partial(self._local_reply, call))
+        )
+        if not runs_here and (call.number is None or self._channel.sent <= call.number):
             self._withdraw(call)
             return
         with self._lock:
             self._calls.abandon(call, error)
-            if self._inline is not None and not call.sent and 0 in call.ranks:
-                self._calls.value(0, call.id, None)  # rank 0 may not know of it
+            if inline is not None and not runs_here and 0 in call.ranks:
+                self._calls.value(0, call.id, None)
             call.sent = True  # so that no rank stays before a closed gate
             self._answers.open_gates()
-        self._receiver.look_again()
 
     def _enqueue_inline(self, inline: InlineWorker, entry: Entry) -> None:
         future = entry.future
         if future is None:
-            entry.job = inline.enqueue(entry)
+            entry.job = Job(entry)
+            inline.enqueue(entry.job)
             return
 
         def start() -> bool:
@@ -198,7 +219,8 @@ class ProcessGroup:
             self._withdraw(entry)
             return False
 
-        inline.enqueue(entry, start, lambda reply: self._local_reply(entry, reply))
+        entry.job = Job(entry, start, functools.partial(self._local_reply, entry))
+        inline.enqueue(entry.job)
 
     def _local_reply(self, entry: Entry, reply: Reply) -> None:
         """Rank 0's, which runs here."""
