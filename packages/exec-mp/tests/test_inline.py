@@ -1,7 +1,9 @@
 """Rank 0 in the caller's process."""
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 import exec_core as ec
 import exec_mp
-from exec_core.testing import Gate, workers
+from exec_core.testing import Gate, eventually, workers
 from exec_core.testing.leaks import descendants
 
 Launch = Callable[..., ec.Executor]
@@ -121,3 +123,20 @@ def test_environment_of_rank_0_is_the_hosts(launch: Launch, monkeypatch: pytest.
     launch(2, parallel=INLINE, worker_env=({"EXEC_TEST_INLINE": "rank 0"}, {}))
 
     assert "rank 0" == os.environ["EXEC_TEST_INLINE"]
+
+
+@pytest.mark.parametrize("driver_worker", ["inline", "process"])
+@pytest.mark.parametrize("options", [{}, {"non_block": True}], ids=["blocking", "future"])
+def test_arguments_go_with_their_call(launch: Launch, driver_worker: str, options: dict[str, Any]) -> None:
+    """Nothing keeps the arguments of a call that is over, also before the garbage collector comes."""
+    executor = launch(2, parallel={"driver_worker": driver_worker})
+    argument = {1, 2}
+    gone = weakref.ref(argument)
+    gc.disable()
+    try:
+        value = executor.collective_rpc("where", args=(argument,), reply_ranks=[], **options)
+        assert [] == (value.result(30) if options else value)
+        del argument, value
+        eventually(lambda: gone() is None)  # the thread that has run it lets go of it last
+    finally:
+        gc.enable()

@@ -222,6 +222,7 @@ class InlineWorker:
         select_device(self._wrapper.context)
         while (job := self._turns.get()) is not None:
             self._serve_one(job)
+            del job  # what it holds does not outlive it
 
     def _serve_one(self, job: Job) -> None:
         reply = None
@@ -257,6 +258,7 @@ class InlineWorker:
             job, reply = item
             if job.done is not None:
                 job.done(self._settled(job.request, reply))
+            del item, job, reply
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> None:
         if name not in self._threads:

@@ -127,6 +127,7 @@ class ProcessGroup:
             if reply is not None:
                 self._local_reply(entry, reply)
         except BaseException as error:  # Ctrl-C: rank 0 has left the call, which is over for the others as well
+            inline.leave(job, late=functools.partial(self._local_reply, entry))
             self._local_reply(entry, Reply.of_error(error))
             raise
 
@@ -224,6 +225,7 @@ class ProcessGroup:
 
     def _local_reply(self, entry: Entry, reply: Reply) -> None:
         """Rank 0's, which runs here."""
+        entry.job = None  # which refers to it: nothing of a call is to wait for the garbage collector
         with self._lock:
             if reply.error is None:
                 value = reply.value if 0 in entry.reply_ranks else None

@@ -114,6 +114,7 @@ class _Outputs:
                 reply = Reply.of_error(error)
             self._replier.send(call_id, name, reply, wants_value=True)
             self._replier.settled += 1
+            del item, value, reply  # what they hold does not outlive the call
 
     def close(self) -> None:
         self._queue.put(None)
