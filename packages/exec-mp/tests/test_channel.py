@@ -16,6 +16,7 @@ import torch
 
 from exec_core import messages
 from exec_core.errors import MessageTooLargeError
+from exec_core.testing import eventually
 from exec_mp import _driver_channel, _worker_channel
 from exec_mp._channel import GATED, NOTHING, Incoming
 from exec_mp._driver_channel import DriverChannel, Words
@@ -342,10 +343,7 @@ def test_acknowledgement_comes_before_waiting(ends: Ends, sleeps: bool) -> None:
     ends.workers[0].is_answered = False
     thread = threading.Thread(target=list, args=(ends.requests[0],))
     thread.start()
-    until = time.monotonic() + 30
-    while ends.driver.look() is None and time.monotonic() < until:
-        time.sleep(0.001)
-    words = ends.driver.look()
+    words = eventually(ends.driver.look)
     rung = ends.rung(within_s=5.0 if sleeps else 0.1)
     ends.driver.publish_exit()
     thread.join(30)
