@@ -1,7 +1,8 @@
 """The run: which peer is measured when.
 
-For each number of workers all peers are started; then, round after round and case after case, they take turns. Peers
-that cost something while they wait are started anew in each round, after the others have had their turn.
+For each number of workers all peers are started; then, round after round and case after case, they take turns, in some
+cases several short ones a round. Peers that cost something while they wait are started anew in each round, after the
+others have had theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bench.peers import OURS, PeerSpec
 from bench.plan import CASES, GROWTH_N, Case, quick
 from bench.process import PeerProcess, run_own
 from bench.results import Results
+from bench.stats import Metrics, pooled
 
 _OWN_S = 1200.0  # for one of our own programs
 
@@ -85,18 +87,16 @@ class Campaign:
             for number in range(self._settings.rounds):
                 _say(f"N={n}, round {number + 1} of {self._settings.rounds}")
                 for case in cases:
-                    turn = number % max(1, len(resident))
-                    for peer in resident[turn:] + resident[:turn]:
-                        self._measure(peer, case, number)
+                    self._measure(resident, case, number)
                 for spec in peers:
                     if not spec.resident:
                         self._visit(spec, n, cases, number)
 
     def _visit(self, spec: PeerSpec, n: int, cases: Iterable[Case], number: int) -> None:
         with ExitStack() as stack:
-            for peer in self._start(n, [spec], stack, number):
-                for case in cases:
-                    self._measure(peer, case, number)
+            peers = self._start(n, [spec], stack, number)
+            for case in cases:
+                self._measure(peers, case, number)
 
     def _start(
         self, n: int, specs: Sequence[PeerSpec], stack: ExitStack, number: int | None = None
@@ -123,21 +123,35 @@ class Campaign:
                 peer.settle()
         return able
 
-    def _measure(self, peer: PeerProcess, case: Case, number: int) -> None:
-        spec = peer.spec
-        if (spec.workloads is not None and case.workload not in spec.workloads) or (case.once and number > 0):
+    def _measure(self, peers: Sequence[PeerProcess], case: Case, number: int) -> None:
+        """One round of a case: each of the peers that can do it has its turns, the others in between."""
+        if case.once and number > 0:
             return
+        able = [peer for peer in peers if peer.spec.workloads is None or case.workload in peer.spec.workloads]
+        found: dict[str, list[Metrics]] = {}
+        for turn in range(case.turns):
+            first = (number + turn) % max(1, len(able))
+            for peer in able[first:] + able[:first]:
+                metrics = self._take_turn(peer, case)
+                if metrics is not None:
+                    found.setdefault(peer.spec.name, []).append(metrics)
+        for peer in able:
+            if turns := found.get(peer.spec.name):
+                self._results.add(case.name, peer.spec.name, peer.n, number, pooled(turns))
+
+    def _take_turn(self, peer: PeerProcess, case: Case) -> Metrics | None:
+        name = peer.spec.name
         if not peer.alive:
-            self._results.miss(spec.name, case.name, peer.n, "its process has ended")
-            return
+            self._results.miss(name, case.name, peer.n, "its process has ended")
+            return None
         try:
             metrics = peer.ask(case.workload, case.params)
         except AbsentError as absent:
-            self._results.miss(spec.name, case.name, peer.n, str(absent))
-        else:
-            self._results.add(case.name, spec.name, peer.n, number, metrics)
-        if spec.resident:
+            self._results.miss(name, case.name, peer.n, str(absent))
+            return None
+        if peer.spec.resident:
             peer.settle()
+        return metrics
 
     def _run_own(self, number: int) -> None:
         for case, peer, n, arguments in _own_runs(self._settings, number):

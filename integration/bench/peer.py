@@ -8,6 +8,8 @@ import platform
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from bench.stats import Metrics
+
 
 class AbsentError(Exception):
     """This peer cannot do that here; the text says why."""
@@ -37,8 +39,8 @@ class Peer(abc.ABC):
         """One step of a model: all workers are busy, the first one answers."""
         self.call("step", busy_s, payload, one_reply=True)
 
-    def measure(self, workload: str, params: Mapping[str, Any]) -> dict[str, float] | None:
-        """For a peer that measures by itself: the metrics of a workload. None: the workload calls `call`."""
+    def measure(self, workload: str, params: Mapping[str, Any]) -> Metrics | None:
+        """For a peer that measures by itself: what `bench.workloads` would return. None: the workload calls `call`."""
         return None
 
     @abc.abstractmethod

@@ -25,6 +25,8 @@ class Case:
         params: its arguments.
         metrics: what tables show, the one that is compared first.
         ns: numbers of workers.
+        turns: into how many a round is cut. A machine that is shared has fast and slow phases of seconds: with short turns all
+            peers meet the same ones.
         once: in the first round only, before payloads have left their traces.
         in_table: whether it has a table of its own; otherwise it is for a plot.
     """
@@ -36,6 +38,7 @@ class Case:
     params: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ("p50_us", "p99_us")
     ns: tuple[int, ...] = ALL_N
+    turns: int = 1
     once: bool = False
     in_table: bool = True
 
@@ -63,7 +66,7 @@ CASES = (
         "idle", "idle", "processor use while idle",
         "idle", {"seconds": 5.0, "settle_s": 1.5}, ("cores",), ns=(8,), once=True,
     ),
-    Case("noop", "noop", "no-op round trip", "noop", {"calls": 2000, "limit_s": 1.0}),
+    Case("noop", "noop", "no-op round trip", "noop", {"calls": 400, "limit_s": 0.2}, turns=5),
     _send(
         "bytes_16k", "bytes", "16 KiB of bytes to all, one reply",
         16 * KIB, params={"kind": "bytes", "one_reply": True, "calls": 1000},
@@ -73,7 +76,7 @@ CASES = (
         "result_2m", "results", "tensor of 2 MiB back from each",
         "fetch", {"nbytes": 2 * MIB, "calls": 200, "limit_s": 0.7},
     ),
-    _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 300),
+    _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 100, turns=6),
     Case(
         "in_flight", "in-flight", "no-ops with 32 in flight",
         "in_flight", {"calls": 20_000, "window": 32, "limit_s": 1.0}, ("calls_per_s",),
@@ -101,4 +104,6 @@ def quick(case: Case) -> Case | None:
         return None
     shorter = {"calls": 20, "limit_s": 0.1, "steps": 10, "seconds": 0.3, "settle_s": 0.1}
     params = {name: min(value, shorter[name]) if name in shorter else value for name, value in case.params.items()}
-    return replace(case, params=params, ns=tuple(n for n in QUICK_N if n in case.ns) or QUICK_N[:1])
+    return replace(
+        case, params=params, turns=min(case.turns, 2), ns=tuple(n for n in QUICK_N if n in case.ns) or QUICK_N[:1]
+    )

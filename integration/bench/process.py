@@ -18,6 +18,7 @@ from typing import Any
 from bench import procfs
 from bench.peer import AbsentError
 from bench.peers import PeerSpec
+from bench.stats import Metrics
 
 INTEGRATION = Path(__file__).parents[1]
 START_S = 180.0
@@ -63,8 +64,8 @@ class PeerProcess:
         ready: dict[str, Any] = self._read(START_S)["ready"]
         return ready
 
-    def ask(self, workload: str, params: Mapping[str, Any]) -> dict[str, float]:
-        """The metrics of a workload.
+    def ask(self, workload: str, params: Mapping[str, Any]) -> Metrics:
+        """What a workload has measured.
 
         Raises:
             AbsentError: it cannot do that, or does not answer.
@@ -73,7 +74,7 @@ class PeerProcess:
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             self._process.stdin.write(json.dumps({"workload": workload, "params": dict(params)}).encode() + b"\n")
             self._process.stdin.flush()
-        metrics: dict[str, float] = self._read(ANSWER_S)["metrics"]
+        metrics: Metrics = self._read(ANSWER_S)["metrics"]
         return metrics
 
     def _read(self, timeout_s: float) -> dict[str, Any]:

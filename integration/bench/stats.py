@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+Metrics = Mapping[str, float | Sequence[float]]
+"""What one turn has found: figures, and lists of samples, whose names end in ``us``; see `pooled`."""
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -20,6 +23,22 @@ def summary(prefix: str, samples_us: Iterable[float]) -> dict[str, float]:
         f"{prefix}p99_us": percentile(ordered, 0.99),
         "samples": len(ordered),
     }
+
+
+def pooled(turns: Sequence[Metrics]) -> dict[str, float]:
+    """The metrics of several turns as those of one run: percentiles of all their samples, means of what else they have.
+
+    Samples are in microseconds; what stands before ``us`` in their name is the prefix of their `summary`.
+    """
+    metrics: dict[str, float] = {}
+    for key in dict.fromkeys(key for turn in turns for key in turn):
+        values = [turn[key] for turn in turns if key in turn]
+        samples = [sample for value in values if isinstance(value, Sequence) for sample in value]
+        if samples:
+            metrics.update(summary(key.removesuffix("us"), samples))
+        else:
+            metrics[key] = statistics.fmean(value for value in values if not isinstance(value, Sequence))
+    return metrics
 
 
 def median(values: Iterable[float | None]) -> float | None:

@@ -9,9 +9,8 @@ from typing import Any
 
 from bench import procfs, work
 from bench.peer import Peer
-from bench.stats import summary
+from bench.stats import Metrics
 
-Metrics = dict[str, float]
 _OTHERS_MIN_S = 0.3  # the machine's clock counts in ticks of 10 ms: less is too coarse
 
 
@@ -32,7 +31,7 @@ def _latency(call: Callable[[], object], calls: int, limit_s: float, warm_up_s: 
         samples.append(ended - began)
         if ended > until and len(samples) >= 3:
             break
-    return summary("", (sample / 1e3 for sample in samples))
+    return {"us": [sample / 1e3 for sample in samples]}
 
 
 def noop(peer: Peer, *, calls: int, limit_s: float) -> Metrics:
@@ -76,7 +75,7 @@ def cadence(peer: Peer, *, nbytes: int, busy_s: float, pause_s: float, steps: in
     driver_cores = (procfs.cpu_seconds([driver]) - cpu[0]) / seconds
     worker_cores = (procfs.cpu_seconds(workers) - cpu[1]) / seconds
     cores = {"cores": driver_cores + worker_cores, "driver_cores": driver_cores, "worker_cores": worker_cores}
-    return {**summary("added_", added), **cores}
+    return {"added_us": added, **cores}
 
 
 def in_flight(peer: Peer, *, calls: int, window: int, limit_s: float) -> Metrics:
@@ -117,7 +116,7 @@ def measure(peer: Peer, workload: str, params: dict[str, Any]) -> Metrics:
     """Runs a workload, and adds how busy the machine was with other things meanwhile."""
     machine, ours = procfs.machine_cpu_seconds(), procfs.cpu_seconds(procfs.tree(os.getpid()))
     started = time.perf_counter()
-    metrics = peer.measure(workload, params) or WORKLOADS[workload](peer, **params)
+    metrics = {**(peer.measure(workload, params) or WORKLOADS[workload](peer, **params))}
     seconds = time.perf_counter() - started
     busy = procfs.machine_cpu_seconds() - machine
     ours = procfs.cpu_seconds(procfs.tree(os.getpid())) - ours

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peer import AbsentError, Peer
-from bench.stats import summary
+from bench.stats import Metrics
 
 _SOURCE = Path(__file__).with_name("eventfd_floor.c")
 
@@ -31,11 +31,11 @@ class EventfdFloor(Peer):
         if done.returncode:
             raise AbsentError(f"cc: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
 
-    def measure(self, workload: str, params: Mapping[str, Any]) -> dict[str, float]:
+    def measure(self, workload: str, params: Mapping[str, Any]) -> Metrics:
         """Runs the program once."""
         command = [self._program, str(self.n), str(params["calls"])]
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        return summary("", (int(line) / 1e3 for line in output.split()))
+        return {"us": [int(line) / 1e3 for line in output.split()]}
 
     def call(self, method: str, *args: Any, one_reply: bool = False) -> list[Any]:
         """Only `measure` is of use here."""
