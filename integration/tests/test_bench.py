@@ -13,7 +13,7 @@ from bench.plan import CASES, GROUPS, QUICK_N, quick
 from bench.process import PeerProcess
 from bench.report import report
 from bench.results import Results
-from bench.stats import pooled
+from bench.stats import Metrics, pooled
 from bench.targets import Target, targets
 
 PROGRAM = Path(__file__).parents[1] / "bench" / "__main__.py"
@@ -131,7 +131,10 @@ def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
 
 def test_turns_of_a_round_count_as_one_run() -> None:
     """Percentiles are of all their samples, other figures are means; no turn's own percentile is lost in a mean."""
-    turns = [{"added_us": [1.0] * 98, "cores": 0.1}, {"added_us": [5.0, 9.0], "cores": 0.3, "other_cores": 0.5}]
+    turns: list[Metrics] = [
+        {"added_us": [1.0] * 98, "cores": 0.1},
+        {"added_us": [5.0, 9.0], "cores": 0.3, "other_cores": 0.5},
+    ]
 
     found = pooled(turns)
 
