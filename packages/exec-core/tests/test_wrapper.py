@@ -1,15 +1,16 @@
 """The wrapper that holds a rank's worker: what it finds by name, and what it leaves behind."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from exec_core import ExecutorConfig, ExecutorError, Request, Worker, WorkerContext, WorkerInit, WorkerWrapper
+from exec_core import ExecutorConfig, ExecutorError, Reply, Request, Worker, WorkerContext, WorkerInit, WorkerWrapper
 from exec_core.testing import workers
 from exec_core.worker import as_async_output
-from exec_core.wrapper import resolve_worker_cls, settle
+from exec_core.wrapper import DONE, resolve_worker_cls, settle
 
 WORKERS = "exec_core.testing.workers"
 
@@ -37,6 +38,15 @@ def made(tmp_path: Path, worker_cls: Any = workers.EchoWorker, **kwargs: Any) ->
     return wrapper
 
 
+def executed(wrapper: WorkerWrapper, name: str) -> Reply:
+    """What `execute` makes of a method without arguments."""
+    return wrapper.execute(Request(name))
+
+
+Run = Callable[[WorkerWrapper, str], Reply]
+both_ways = pytest.mark.parametrize("run", [executed, WorkerWrapper.run_bare])
+
+
 @pytest.mark.parametrize(
     ("path", "found"),
     [
@@ -59,9 +69,10 @@ def test_class_is_not_found(path: str) -> None:
         resolve_worker_cls(path)
 
 
-def test_call_before_the_worker_is_built() -> None:
+@both_ways
+def test_call_before_the_worker_is_built(run: Run) -> None:
     """Before ``init_worker`` only environment variables can be set."""
-    reply = WorkerWrapper(3).execute(Request("where"))
+    reply = run(WorkerWrapper(3), "where")
 
     assert isinstance(reply.error, ExecutorError)
     assert "the worker of rank 3 is not built yet; init_worker comes first" == str(reply.error)
@@ -82,7 +93,10 @@ def test_worker_is_built_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ["after"] == seen
 
 
-def test_what_the_wrapper_does_itself_is_not_delegated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@both_ways
+def test_what_the_wrapper_does_itself_is_not_delegated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
     """A worker that answers to any name is not asked for the wrapper's own."""
 
     class Delegating:
@@ -97,7 +111,8 @@ def test_what_the_wrapper_does_itself_is_not_delegated(tmp_path: Path, monkeypat
 
     assert wrapper.execute(Request("update_environment_variables", ({"EXEC_TEST_WRAPPER": "after"},))).value is None
     assert "after" == os.environ["EXEC_TEST_WRAPPER"]
-    assert "anything" == wrapper.execute(Request("anything")).value
+    assert "anything" == run(wrapper, "anything").value
+    assert isinstance(run(wrapper, "init_worker").error, TypeError)  # it lacks its argument
 
 
 def test_errors_are_in_the_reply(tmp_path: Path) -> None:
@@ -107,23 +122,47 @@ def test_errors_are_in_the_reply(tmp_path: Path) -> None:
         assert error is wrapper.execute(Request(workers.fail, (error,))).error
 
 
-def test_plain_object_has_the_default_hooks(tmp_path: Path) -> None:
+@both_ways
+def test_value_or_error_is_in_the_reply(tmp_path: Path, run: Run) -> None:
+    """Nothing, a value, and an error that is no Exception."""
+    leaving = SystemExit(1)
+
+    class Replying(workers.PlainWorker):
+        def nothing(self) -> None:
+            pass
+
+        def nought(self) -> int:
+            return 0
+
+        def leave(self) -> None:
+            raise leaving
+
+    wrapper = made(tmp_path, Replying)
+
+    assert DONE is run(wrapper, "nothing")
+    assert Reply(0) == run(wrapper, "nought")
+    assert leaving is run(wrapper, "leave").error
+
+
+@both_ways
+def test_plain_object_has_the_default_hooks(tmp_path: Path, run: Run) -> None:
     """Hooks that a plain object lacks are the base class's; what is no hook is not."""
     wrapper = made(tmp_path, workers.PlainWorker)
 
-    assert (0, 0) == wrapper.execute(Request("determine_num_available_blocks")).value
-    assert isinstance(wrapper.execute(Request("no_such")).error, AttributeError)
-    assert isinstance(wrapper.execute(Request("get_model")).error, AttributeError)
+    assert (0, 0) == run(wrapper, "determine_num_available_blocks").value
+    assert isinstance(run(wrapper, "no_such").error, AttributeError)
+    assert isinstance(run(wrapper, "get_model").error, AttributeError)
 
 
-def test_error_inside_a_hook_is_not_taken_for_its_absence(tmp_path: Path) -> None:
+@both_ways
+def test_error_inside_a_hook_is_not_taken_for_its_absence(tmp_path: Path, run: Run) -> None:
     """An AttributeError that a worker's own hook raises is its error."""
 
     class Broken(workers.PlainWorker):
         def load_model(self) -> None:
             raise AttributeError("inside")
 
-    reply = made(tmp_path, Broken).execute(Request("load_model"))
+    reply = run(made(tmp_path, Broken), "load_model")
 
     assert isinstance(reply.error, AttributeError)
     assert "inside" == str(reply.error)

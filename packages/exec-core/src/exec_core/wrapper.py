@@ -106,6 +106,15 @@ class WorkerWrapper:
         except BaseException as error:
             return Reply.of_error(error)
 
+    def run_bare(self, name: str) -> Reply:
+        """`run`, of a method without arguments."""
+        try:
+            function = None if name in _OWN else getattr(self.worker, name, None)
+            value = self._resolve(name)() if function is None else function()
+            return DONE if value is None else Reply(value)
+        except BaseException as error:
+            return Reply.of_error(error)
+
     def _resolve(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(method, str) and method in _OWN:
             return getattr(self, method)  # type: ignore[no-any-return] # one of those names

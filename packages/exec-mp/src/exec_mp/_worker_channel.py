@@ -73,8 +73,8 @@ class WorkerChannel:
         words, view, head, bit = self._words, self._view, self._head, self._bit
         names, numbers, slots, driver_sleeps = self._names, self._numbers, self._slots, self._driver_sleeps
         acks, current, since, position = (self._at[row] for row in _OF_EACH_CALL)
+        word, read = self._word, self._read
         while True:
-            word, read = self._word, self._read
             if words[word] <= read:
                 self._await(word, read + 1)
             if not IN_ORDER:
@@ -82,10 +82,11 @@ class WorkerChannel:
             runs, wants, call_id, kind, padded = head(view, 8 * word + 8)
             if not runs & bit:
                 self.done_reading()
+                word, read = self._word, self._read
                 continue
             if not call_id:  # EXIT
                 return
-            if kind & _ORDERS:
+            if kind and kind & _ORDERS:
                 self._obey(kind, read + 1)
             words[since] = monotonic_ns()
             words[current] = call_id
@@ -95,9 +96,10 @@ class WorkerChannel:
                 name = names[padded] = padded.rstrip(b"\0").decode()
             if kind > _ORDERS:
                 yield call_id, name, wants & bit, self._body(8 * word, kind)
+                word, read = self._word, self._read
             else:
-                self._read = words[position] = read + 1
-                self._word = numbers[(read + 1) % slots]
+                self._read = read = words[position] = read + 1
+                self._word = word = numbers[read % slots]
                 yield call_id, name, wants & bit, None
             if self.is_answered:
                 self.is_answered = False
@@ -106,7 +108,7 @@ class WorkerChannel:
             if not IN_ORDER:
                 fence()
             words[acks] = call_id  # which says "in no call" as well
-            if words[self._word] <= self._read and not words[driver_sleeps]:  # there is nothing to do
+            if words[word] <= read and not words[driver_sleeps]:  # there is nothing to do
                 sched_yield()  # at once: the driver may be looking for it, on this very processor
                 if not words[driver_sleeps]:  # a system call orders memory as well
                     continue

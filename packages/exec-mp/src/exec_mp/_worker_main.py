@@ -20,7 +20,7 @@ from typing import Any
 
 from exec_core import messages
 from exec_core.errors import ExecutorError
-from exec_core.messages import NO_KWARGS, Encoded, Reply, Status, method_name
+from exec_core.messages import Encoded, Reply, Status, method_name
 from exec_core.worker import as_async_output
 from exec_core.wrapper import DONE as _DONE
 from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
@@ -141,10 +141,10 @@ def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) 
 
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
-    outputs, run = _Outputs(wrapper, replier), wrapper.run
+    outputs, run_bare = _Outputs(wrapper, replier), wrapper.run_bare
     for call_id, name, wanted, body in channel.requests():
         if body is None:
-            reply = run(name, (), NO_KWARGS)
+            reply = run_bare(name)
         else:
             name, reply = _run(name, body, channel, wrapper)  # noqa: PLW2901 # the name may have been in the body
             body = None  # noqa: PLW2901 # it does not outlive the call
