@@ -17,7 +17,7 @@ import torch
 from exec_core import messages
 from exec_core.errors import MessageTooLargeError
 from exec_core.testing import eventually
-from exec_mp import _driver_channel, _worker_channel
+from exec_mp import _driver_channel, _layout, _worker_channel
 from exec_mp._channel import GATED, NOTHING, Incoming
 from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._layout import Geometry
@@ -466,6 +466,26 @@ def test_ranks_are_told_to_spread_once_a_burst_has_begun(monkeypatch: pytest.Mon
     assert [5, 5] == told
     assert 0 < counts.index(1) < 39
     assert counts.index(2) > 40
+
+
+def test_ranks_of_a_burst_spread_while_others_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sleeps meanwhile, and is not concerned, does not put it off."""
+    told: list[int] = []
+    monkeypatch.setattr(_worker_channel, "spread", lambda rank, size, driver: told.append(rank))
+    with connected(attrs.evolve(GEOMETRY, slots=64)) as ends:
+        asleep = ends.driver._shared.word(_layout.SLEEPS, 1)
+        thread = threading.Thread(target=list, args=(ends.requests[1],))
+        thread.start()
+        eventually(lambda: ends.driver._words[asleep])
+        for _ in range(20):
+            assert ends.driver.publish(1, b"load", NOTHING, (0,), ())
+            assert 1 == ends.next(0)[0]
+        still_asleep = ends.driver._words[asleep]
+        ends.driver.publish_exit()
+        thread.join()
+
+    assert still_asleep
+    assert [0] == told
 
 
 def test_lent_memory_outlives_the_channel() -> None:

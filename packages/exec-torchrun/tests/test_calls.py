@@ -47,6 +47,12 @@ def test_gather_returns_the_replicas_values(job: Any, world: tuple[int, int, int
     assert everywhere(world, lambda ranks, rank: len(ranks)) == job.of_all("aggregated")
 
 
+def test_call_says_otherwise_than_its_class(job: Any, world: tuple[int, int, int]) -> None:
+    """A class whose calls gather by default still leaves values where they are if the call says so."""
+    assert everywhere(world, lambda ranks, rank: [[r, 7] for r in ranks]) == job.of_all("gathered_by_class")
+    assert everywhere(world, lambda ranks, rank: [[rank, 7]]) == job.of_all("gathered_by_neither")
+
+
 def test_explicit_reply_ranks_reach_every_rank(job: Any, world: tuple[int, int, int]) -> None:
     """The value of a rank that is asked for by name is returned on every rank."""
     assert everywhere(world, lambda ranks, rank: [[ranks[-1], 8]]) == job.of_all("reply_of_last")

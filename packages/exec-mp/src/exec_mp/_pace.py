@@ -15,14 +15,18 @@ import math
 _GAIN = 0.25  # of a new wait in the averages
 _FAR_S = 0.001  # a wait that is so far off the usual starts anew: it is another kind of step
 _LEAST_S = 20e-6  # to be earlier by less means nothing to a scheduler
-_SHARE = 1 / 16  # of a wait, to be spent on being awake in time
+_SHARE = 1 / 10  # of a wait, at most, to be spent on being awake in time
+_EARLY, _LATE = (
+    2.5,
+    2.0,
+)  # times the yielding at a time: how much earlier than usual one is awake at most, and how much later
 
 
 class Pace:
     """Of one waiter. All times are in seconds, points in time those of one monotonic clock.
 
     Args:
-        spin_s: how long to yield at most, at a time.
+        spin_s: how long to yield at most, at a time, where nothing can be foreseen.
 
     Attributes:
         spin_until: until when to yield.
@@ -61,7 +65,8 @@ class Pace:
         """The sleep is over."""
         if self._awake_at <= now:  # by itself
             self._late_s += (min(now - self._awake_at, self.spin_s) - self._late_s) * _GAIN
-            self.spin_until = self._began + self._usual_s + (self._margin() or 0.0)
+            # What comes late costs only then, and it is the late steps that people notice.
+            self.spin_until = self._began + self._usual_s + (self._margin() or 0.0) + _LATE * self.spin_s
         self._awake_at = math.inf
 
     def _learn(self, waited_s: float) -> None:
@@ -77,5 +82,5 @@ class Pace:
 
     def _margin(self) -> float | None:
         """How much earlier or later than usual it may well come; None: it cannot be foreseen."""
-        most_s = min(self.spin_s, self._usual_s * _SHARE)
-        return None if self._error_s > most_s else min(4 * self._error_s + _LEAST_S, 0.75 * most_s)
+        most_s = min(_EARLY * self.spin_s, self._usual_s * _SHARE)
+        return None if self._error_s > most_s else min(8 * self._error_s + _LEAST_S, most_s)

@@ -7,14 +7,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 from common import RANK, config, record
 
 import exec_core as ec
 from exec_core.testing import workers
-from exec_torchrun import PerRank
+from exec_torchrun import ExecutorWithExternalLauncher, PerRank
 
 tp, pp, dp = map(int, sys.argv[1:4])
 replica = tp * pp
@@ -27,6 +27,12 @@ class CallWorker(workers.EchoWorker):
     def execute_model(self, request: Any) -> Any:
         is_output = self.context.pp_rank == self.context.pp_size - 1 and self.context.tp_rank == 0
         return ("token", request, self.context.rank) if is_output else None
+
+
+class Gathering(ExecutorWithExternalLauncher):
+    """Calls return the values of all ranks where they do not say."""
+
+    gather: ClassVar[bool] = True
 
 
 def inside(worker: Any, directory: str) -> int:
@@ -73,6 +79,12 @@ record(looped=[value[1] for value in looped], loop_ended=ended.done())
 executor.shutdown()
 if RANK == first:
     shared.rmdir()
+
+with Gathering(config(CallWorker, tp=tp, pp=pp, dp=dp)) as executor:
+    record(
+        gathered_by_class=executor.collective_rpc("where", args=(7,)),
+        gathered_by_neither=executor.collective_rpc("where", args=(7,), gather=False),  # type: ignore[call-overload] # as above
+    )
 
 # A rank that leaves first waits for the others no longer than it may.
 executor = ec.create_executor(config(CallWorker, tp=tp, pp=pp, dp=dp, rpc={"shutdown_timeout_s": 0.5}))
