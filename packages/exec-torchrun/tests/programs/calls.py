@@ -83,7 +83,7 @@ if RANK == first:
 with Gathering(config(CallWorker, tp=tp, pp=pp, dp=dp)) as executor:
     record(
         gathered_by_class=executor.collective_rpc("where", args=(7,)),
-        gathered_by_neither=executor.collective_rpc("where", args=(7,), gather=False),  # type: ignore[call-overload] # as above
+        gathered_by_neither=executor.collective_rpc("where", args=(7,), gather=False),
     )
 
 # A rank that leaves first waits for the others no longer than it may.
