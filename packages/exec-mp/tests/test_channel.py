@@ -476,13 +476,15 @@ def test_ranks_of_a_burst_spread_while_others_sleep(monkeypatch: pytest.MonkeyPa
         asleep = ends.driver._shared.word(_layout.SLEEPS, 1)
         thread = threading.Thread(target=list, args=(ends.requests[1],))
         thread.start()
-        eventually(lambda: ends.driver._words[asleep])
-        for _ in range(20):
-            assert ends.driver.publish(1, b"load", NOTHING, (0,), ())
-            assert 1 == ends.next(0)[0]
-        still_asleep = ends.driver._words[asleep]
-        ends.driver.publish_exit()
-        thread.join()
+        try:
+            eventually(lambda: ends.driver._words[asleep])
+            for _ in range(20):
+                assert ends.driver.publish(1, b"load", NOTHING, (0,), ())
+                assert 1 == ends.next(0)[0]
+            still_asleep = ends.driver._words[asleep]
+        finally:
+            ends.driver.publish_exit()
+            thread.join(30)
 
     assert still_asleep
     assert [0] == told

@@ -109,14 +109,14 @@ def test_what_does_not_come_is_slept_for() -> None:
 
 
 def test_what_comes_late_is_met_awake() -> None:
-    """A step that is late by more than one can foresee, as one in a hundred is, does not find a sleeper."""
+    """A step that is later than could be foreseen does not find a sleeper."""
     waiter = Waiter().waits(*[0.01] * 30, 0.01 + 1.5 * SPIN_S)
 
     assert waiter.was_awake
 
 
 def test_waits_that_vary_are_met_awake() -> None:
-    """The more they vary, the earlier one is awake; for a tenth of the time at most."""
+    """Waits that differ by some hundred microseconds, too; it takes less than a tenth of their time."""
     waiter = Waiter().waits(*[0.01, 0.0102, 0.0099, 0.0103] * 20)
     yielded = []
     for takes_s in (0.0098, 0.0102, 0.0105):

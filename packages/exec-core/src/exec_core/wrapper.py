@@ -107,7 +107,7 @@ class WorkerWrapper:
             return Reply.of_error(error)
 
     def run_bare(self, name: str) -> Reply:
-        """`run`, of a method without arguments."""
+        """`run`, of a method without arguments: most of what little such a call costs would be the handling of none."""
         try:
             function = None if name in _OWN else getattr(self.worker, name, None)
             value = self._resolve(name)() if function is None else function()

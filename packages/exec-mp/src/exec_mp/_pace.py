@@ -1,7 +1,7 @@
 """When to yield and when to sleep while waiting for what comes again and again. Pure: no clock, no I/O.
 
     begin -> yield until `spin_until` -> sleep for `rest`, until shortly before it usually comes -> `woken`: yield until
-    it should have come -> sleep for `rest`, as long as it takes -> over
+    somewhat after it should have come -> sleep for `rest`, as long as it takes -> over
 
 Who is woken from a long sleep starts late and with cold caches: a step of decoding loses 0.1 ms and more to that, on each
 side. But steps take about as long as the ones before them. So a waiter whose waits are regular takes a nap, and is awake and
@@ -16,10 +16,8 @@ _GAIN = 0.25  # of a new wait in the averages
 _FAR_S = 0.001  # a wait that is so far off the usual starts anew: it is another kind of step
 _LEAST_S = 20e-6  # to be earlier by less means nothing to a scheduler
 _SHARE = 1 / 10  # of a wait, at most, to be spent on being awake in time
-_EARLY, _LATE = (
-    2.5,
-    2.0,
-)  # times the yielding at a time: how much earlier than usual one is awake at most, and how much later
+_EARLY = 2.5  # times `spin_s`: how much earlier than usual to be awake at most
+_LONGER = 2.0  # times `spin_s`: how much longer to stay awake than it usually takes at most
 
 
 class Pace:
@@ -66,7 +64,7 @@ class Pace:
         if self._awake_at <= now:  # by itself
             self._late_s += (min(now - self._awake_at, self.spin_s) - self._late_s) * _GAIN
             # What comes late costs only then, and it is the late steps that people notice.
-            self.spin_until = self._began + self._usual_s + (self._margin() or 0.0) + _LATE * self.spin_s
+            self.spin_until = self._began + self._usual_s + (self._margin() or 0.0) + _LONGER * self.spin_s
         self._awake_at = math.inf
 
     def _learn(self, waited_s: float) -> None:

@@ -3,6 +3,7 @@
     WorkerChannel.requests -> decode -> WorkerWrapper.run -> Replier.send -> WorkerChannel.publish   a value, an error
                                                           -> WorkerChannel.requests, asked again   nothing to say
 
+A request without a body is not decoded: `WorkerWrapper.run_bare` runs it.
 A second thread, started for the first method that returns an async output, finishes those.
 """
 
