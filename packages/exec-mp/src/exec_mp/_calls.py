@@ -39,6 +39,7 @@ class Entry(Call):
     Attributes:
         id: its number on the wire, from 1; 0 before it is opened.
         number: its place in the request ring; None until sent, or when no remote rank runs it.
+        sent_at: when it was put there (monotonic seconds).
         future: None for a blocking caller.
         values: of the ranks that have answered with more than an acknowledgement; None for an error.
         failures: error replies so far.
@@ -55,6 +56,7 @@ class Entry(Call):
     future: Future[Any] | None = None
     values: dict[int, Any] = _NO_VALUES
     number: int | None = None
+    sent_at: float = 0.0
     failures: list[Failure] = _NO_FAILURES
     settle_at: float = math.inf
     ungated: list[int] = _NOT_GATED

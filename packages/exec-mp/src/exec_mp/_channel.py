@@ -30,7 +30,7 @@ import select
 import struct
 from typing import NamedTuple
 
-from exec_core.messages import Encoded, Format
+from exec_core.messages import Encoded, Format, Reply
 
 SPIN_S = 200e-6  # "auto": catches a prompt answer; see `exec_mp._pace` for what does not come promptly
 
@@ -47,9 +47,9 @@ Body = tuple[memoryview, int, bool]
 """A request's body: bytes, format, and whether the bytes are the worker's own; else they are valid until
 `WorkerChannel.done_reading`."""
 
-Incoming = tuple[int, str, int, Body | None]
-"""A request as a worker finds it: call id, method's name, whether the value is wanted (not 0), body. Not a class: one is
-made for every call, and a plain tuple costs a fifth."""
+Incoming = tuple[int, str, int, Body | Reply]
+"""A request as a worker finds it: call id, method's name, whether the value is wanted (not 0), and its body; or, of one
+without a body, what has become of it."""
 
 Header = tuple[int, int, int, int, int, int, int]
 """A reply as it lies in its slot, see `REPLY_FIELDS`."""

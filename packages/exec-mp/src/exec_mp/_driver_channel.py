@@ -41,7 +41,8 @@ class DriverChannel:
     Attributes:
         is_awake: what `stay_awake` and `may_sleep` have said last.
         sent: requests published; written by the publishing thread.
-        glance: all answers' words as they are now.
+        glance: all answers' words as they are now. With nothing but acknowledgements of one call that is ``pack_id(call_id)``,
+            as often as there are ranks, and `rest`.
         seen: of them, what has been dealt with; for the taking thread, as all that follows `publish` and its kin.
 
     Raises:
@@ -88,8 +89,8 @@ class DriverChannel:
         self._size, self._ack_bytes, self._by_rank = size, len(self._replies), struct.Struct(f"<{size}Q")
         self._taken = bytes(len(self._replies))  # of what was seen, the replies in rings
         self._counts = (0,) * size  # the same, by rank
-        self._pack_id, self._padding = struct.Struct("<Q").pack, bytes(8 * (geometry.row - size))
-        self._rest = self._padding + self._taken
+        self.pack_id, self._padding = struct.Struct("<Q").pack, bytes(8 * (geometry.row - size))
+        self.rest = self._padding + self._taken
         self.glance: Callable[[], bytes] = self._answers.tobytes
         self._poll = select.poll()
         self._poll.register(self.bell, select.POLLIN)
@@ -205,10 +206,6 @@ class DriverChannel:
         """By rank: the id of the call up to which it has answered."""
         return self._by_rank.unpack_from(words[0])
 
-    def acked_by_all(self, call_id: int) -> bytes:
-        """What `glance` finds when every rank has acknowledged its calls up to this one, and nothing else has come."""
-        return self._pack_id(call_id) * self._size + self._rest
-
     def has_replies(self, words: Words) -> bool:
         """Whether there are any that have not been consumed."""
         return words[1] != self._taken
@@ -240,7 +237,7 @@ class DriverChannel:
         self.seen = acks + replies
         if replies != self._taken:
             self._taken, self._counts = replies, self._by_rank.unpack_from(replies)
-            self._rest = self._padding + replies
+            self.rest = self._padding + replies
             for rank in self.remote_ranks:
                 self._words[self._replies_read + rank] = self._counts[rank]
 
@@ -250,10 +247,10 @@ class DriverChannel:
         os.eventfd_write(self.bells[rank], 1)
 
     def current(self, rank: int) -> tuple[int, int]:
-        """Call id that ``rank`` is in (0: none) and since when, in monotonic ns."""
+        """Call id that ``rank`` is in (0: none), and when it was last ready for one that was there already, in monotonic ns."""
         words, word = self._words, self._shared.word
-        call_id, since_ns = words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.SINCE_NS, rank)]
-        return (0 if call_id <= words[word(_layout.ACKS, rank)] else call_id), since_ns
+        call_id, ready_ns = words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.READY_NS, rank)]
+        return (0 if call_id <= words[word(_layout.ACKS, rank)] else call_id), ready_ns
 
     def stacks(self, rank: int) -> int:
         """Stack reports that ``rank`` has written."""

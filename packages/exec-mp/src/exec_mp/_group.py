@@ -17,9 +17,9 @@ import functools
 import math
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from time import monotonic
 from typing import Any, NoReturn
 
 from exec_core import messages
@@ -162,6 +162,7 @@ class ProcessGroup:
                         self._raise_closed(calls.closed_by, call.name)
                     if has_room and ranks:
                         call.number, kind = channel.sent, GATED if call.ungated else 0
+                        call.sent_at = monotonic()
                         has_room = channel.publish(
                             call.id, name, body, ranks, call.reply_ranks, kind, call.future is None
                         )
@@ -232,7 +233,7 @@ class ProcessGroup:
                 closed = self._calls.value(0, entry.id, value)
             else:
                 failure = Failure(0, os.getpid(), reply.error, reply.time_ns)
-                closed = self._calls.error(entry.id, failure, time.monotonic())
+                closed = self._calls.error(entry.id, failure, monotonic())
             if self._calls.gated:
                 self._answers.open_gates()
         if closed and entry.late is None:
@@ -273,7 +274,7 @@ class ProcessGroup:
 
     def _settle(self, entries: Sequence[Entry]) -> None:
         """Finishes entries that are due: with a held-back error, or as timed out and then with the stacks of the pending ranks."""
-        now = time.monotonic()
+        now = monotonic()
         with self._lock:
             final = [entry for entry in entries if not self._waits_for_death(entry, now)]
             settled = [entry for entry in final if self._calls.settle(entry)]
@@ -318,16 +319,17 @@ class ProcessGroup:
             return WorkerInfo(rank, pid, "dead")
         late, busy = self._calls.late(rank), self._busy(rank)
         if busy is None and late is not None:  # it has not come to it yet
-            busy = late.name, max(0.0, time.monotonic() - late.deadline)
+            busy = late.name, max(0.0, monotonic() - late.deadline)
         return WorkerInfo(rank, pid, "idle") if busy is None else WorkerInfo(rank, pid, "busy", *busy, late is not None)
 
     def _busy(self, rank: int) -> tuple[str, float] | None:
         if self._inline is not None and rank == 0:
             current = self._inline.current
-            return None if current is None else (current[0].name, time.monotonic() - current[1])
-        call_id, since_ns = self._channel.current(rank)
-        name = self._calls.name_of(call_id) if call_id else None
-        return None if name is None else (name, (time.monotonic_ns() - since_ns) / 1e9)
+            return None if current is None else (current[0].name, monotonic() - current[1])
+        call_id, ready_ns = self._channel.current(rank)
+        entry = self._calls.in_flight.get(call_id)
+        # A rank that has nothing to do begins a call when that is sent; a busy one, when it is ready for it.
+        return None if entry is None else (entry.name, monotonic() - max(entry.sent_at, ready_ns / 1e9))
 
     # Ends of workers
 
@@ -379,7 +381,7 @@ class ProcessGroup:
     def _wait_ended(self, until: float) -> bool:
         ended = self._processes.ended
         if self._receiver.is_current_thread():
-            while not ended.is_set() and time.monotonic() < until:
+            while not ended.is_set() and monotonic() < until:
                 self._receiver.turn(until)
             return ended.is_set()
-        return ended.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+        return ended.wait(None if until == math.inf else max(0.0, until - monotonic()))

@@ -30,7 +30,7 @@ from exec_core.messages import NAME_BYTES, Part
 from exec_mp._arena import BLOCKS
 
 ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU = range(7)  # rows with one word per rank
-CURRENT_CALL, SINCE_NS, REQUESTS_READ, STACKS = range(7, 11)  # in the rank's own place
+CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS = range(7, 11)  # in the rank's own place
 _ROWS = 7
 _OWN_WORDS = 16  # of a rank; two lines, since processors fetch them in pairs
 # A request's header after number and masks: call id, kind, and the name, padded with zeros. Then, where there is a body, its

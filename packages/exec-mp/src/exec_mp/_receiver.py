@@ -90,6 +90,7 @@ class Receiver:
             self._turn_until_finished(entry)
             return
         leader, calls, channel, alone = self._leader, self._calls, self._channel, thread == _MAIN
+        size = self._remote
         try:
             while True:
                 try:
@@ -99,8 +100,8 @@ class Receiver:
                         if not channel.is_awake:
                             channel.stay_awake()
                         # What all have acknowledged needs no processing while it is the only call: none can have replied.
-                        at_once = len(entry.ranks) == self._remote and entry.max_concurrent is None
-                        complete = channel.acked_by_all(entry.id) if at_once else b""
+                        at_once = len(entry.ranks) == size and entry.max_concurrent is None
+                        complete = channel.pack_id(entry.id) * size + channel.rest if at_once else b""
                         if channel.glance() == complete and calls.close_only(entry):
                             channel.seen = complete
                         else:

@@ -8,12 +8,13 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from os import sched_yield
 from time import monotonic_ns
 
 from exec_core.errors import MessageTooLargeError
-from exec_core.messages import Encoded
+from exec_core.messages import Encoded, Reply
+from exec_core.wrapper import DONE
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
 from exec_mp._channel import FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
@@ -21,7 +22,7 @@ from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Share
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
 
-_OF_EACH_CALL = _layout.ACKS, _layout.CURRENT_CALL, _layout.SINCE_NS, _layout.REQUESTS_READ
+_OF_EACH_CALL = _layout.ACKS, _layout.CURRENT_CALL, _layout.READY_NS, _layout.REQUESTS_READ
 _ORDERS = GATED | SPREAD  # what a request's kind may say beside what body it has, which stands above
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
@@ -64,15 +65,21 @@ class WorkerChannel:
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
 
-    def requests(self) -> Iterator[Incoming]:  # noqa: C901, PLR0912 # in one: the way of every call
+    def requests(  # noqa: C901, PLR0912 # in one: the way of every call
+        self, run_bare: Callable[[str], Reply], unsettled: Collection[int]
+    ) -> Iterator[Incoming]:
         """The requests for this rank, which it is shown to be in, until it is to leave. Skips those for others.
 
-        A request is acknowledged when the next one is asked for: it has been run, and there is nothing to say. Unless
-        `is_answered`.
+        A request without a body is run here, and is among them only if there is something to say about it. What is asked for
+        the next one for has been run; it is acknowledged, unless `is_answered`.
+
+        Args:
+            run_bare: runs a method without arguments.
+            unsettled: calls before that are still to be answered: an acknowledgement would be one for them as well.
         """
         words, view, head, bit = self._words, self._view, self._head, self._bit
         names, numbers, slots, driver_sleeps = self._names, self._numbers, self._slots, self._driver_sleeps
-        acks, current, since, position = (self._at[row] for row in _OF_EACH_CALL)
+        acks, current, ready, position = (self._at[row] for row in _OF_EACH_CALL)
         word, read = self._word, self._read
         while True:
             if words[word] <= read:
@@ -81,38 +88,44 @@ class WorkerChannel:
                 fence()
             runs, wants, call_id, kind, padded = head(view, 8 * word + 8)
             if not runs & bit:
-                self.done_reading()
-                word, read = self._word, self._read
+                read = words[position] = read + 1
+                word = numbers[read % slots]
                 continue
             if not call_id:  # EXIT
                 return
             if kind and kind & _ORDERS:
                 self._obey(kind, read + 1)
-            words[since] = monotonic_ns()
             words[current] = call_id
             try:
                 name = names[padded]
             except KeyError:
                 name = names[padded] = padded.rstrip(b"\0").decode()
             if kind > _ORDERS:
+                self._read = read
                 yield call_id, name, wants & bit, self._body(8 * word, kind)
                 word, read = self._word, self._read
             else:
-                self._read = read = words[position] = read + 1
-                self._word = word = numbers[read % slots]
-                yield call_id, name, wants & bit, None
+                read = words[position] = read + 1
+                word = numbers[read % slots]
+                reply = run_bare(name)
+                if reply is not DONE or unsettled:
+                    self._word, self._read = word, read
+                    yield call_id, name, wants & bit, reply
+                    del reply  # what it holds does not outlive the call
             if self.is_answered:
                 self.is_answered = False
                 words[current] = 0
-                continue
-            if not IN_ORDER:
-                fence()
-            words[acks] = call_id  # which says "in no call" as well
-            if words[word] <= read and not words[driver_sleeps]:  # there is nothing to do
-                sched_yield()  # at once: the driver may be looking for it, on this very processor
-                if not words[driver_sleeps]:  # a system call orders memory as well
-                    continue
-            self._ring_driver()
+            else:
+                if not IN_ORDER:
+                    fence()
+                words[acks] = call_id  # which says "in no call" as well
+                if words[word] <= read and not words[driver_sleeps]:  # there is nothing to do
+                    sched_yield()  # at once: the driver may be looking for it, on this very processor
+                    if not words[driver_sleeps]:  # a system call orders memory as well
+                        continue
+                self._ring_driver()
+            if words[word] > read:
+                words[ready] = monotonic_ns()  # the next one begins now, not when it was sent
 
     def _obey(self, kind: int, number: int) -> None:
         """Before a request is run."""
@@ -120,6 +133,7 @@ class WorkerChannel:
             spread(self._rank, self._geometry.world_size, self._words[self._driver_cpu])
         if kind & GATED:
             self._await(self._at[_layout.GATE], number)
+            self._words[self._at[_layout.READY_NS]] = monotonic_ns()
 
     def _body(self, slot: int, kind: int) -> Body:
         """The body of a request, in memory of this rank's own where it is in an arena block."""

@@ -3,7 +3,7 @@
     WorkerChannel.requests -> decode -> WorkerWrapper.run -> Replier.send -> WorkerChannel.publish   a value, an error
                                                           -> WorkerChannel.requests, asked again   nothing to say
 
-A request without a body is not decoded: `WorkerWrapper.run_bare` runs it.
+A request without a body is run by `WorkerWrapper.run_bare` where it is read, and comes no further if there is nothing to say.
 A second thread, started for the first method that returns an async output, finishes those.
 """
 
@@ -23,8 +23,7 @@ from exec_core import messages
 from exec_core.errors import ExecutorError
 from exec_core.messages import Encoded, Reply, Status, method_name
 from exec_core.worker import as_async_output
-from exec_core.wrapper import DONE as _DONE
-from exec_core.wrapper import WorkerWrapper, select_device, set_threads, settle
+from exec_core.wrapper import DONE, WorkerWrapper, select_device, set_threads, settle
 from exec_mp._channel import NOTHING, Body
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
@@ -42,8 +41,7 @@ class Replier:
         self._channel = channel
         self._lock = threading.Lock()  # one writer of the reply ring at a time
         self._progress_at = 0.0  # when progress was sent last; guarded by _lock
-        self.unsettled = 0  # async outputs begun; written by the main thread
-        self.settled = 0  # of them, replied to; by the thread that finishes them, after the reply
+        self.unsettled: set[int] = set()  # calls with an async output; taken out by who finishes those, after the reply
 
     def done(self, call_id: int) -> None:
         """For the main thread: a call has run, and there is nothing to say about it, while async outputs are unsettled.
@@ -102,7 +100,7 @@ class _Outputs:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="exec-output", daemon=True)
             self._thread.start()
-        self._replier.unsettled += 1
+        self._replier.unsettled.add(call_id)
         self._queue.put((call_id, name, value))
 
     def _serve(self) -> None:
@@ -114,7 +112,7 @@ class _Outputs:
             except BaseException as error:
                 reply = Reply.of_error(error)
             self._replier.send(call_id, name, reply, wants_value=True)
-            self._replier.settled += 1
+            self._replier.unsettled.discard(call_id)
             del item, value, reply  # what they hold does not outlive the call
 
     def close(self) -> None:
@@ -142,15 +140,15 @@ def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) 
 
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
-    outputs, run_bare = _Outputs(wrapper, replier), wrapper.run_bare
-    for call_id, name, wanted, body in channel.requests():
-        if body is None:
-            reply = run_bare(name)
+    outputs = _Outputs(wrapper, replier)
+    for call_id, name, wanted, found in channel.requests(wrapper.run_bare, replier.unsettled):
+        if isinstance(found, Reply):
+            reply = found
         else:
-            name, reply = _run(name, body, channel, wrapper)  # noqa: PLW2901 # the name may have been in the body
-            body = None  # noqa: PLW2901 # it does not outlive the call
-        silent = reply is _DONE or (not wanted and reply.error is None)
-        if not silent or replier.settled != replier.unsettled:
+            name, reply = _run(name, found, channel, wrapper)  # noqa: PLW2901 # the name may have been in the body
+        del found  # it does not outlive the call
+        silent = reply is DONE or (not wanted and reply.error is None)
+        if not silent or replier.unsettled:
             channel.is_answered = True
             if silent:
                 replier.done(call_id)
