@@ -1,12 +1,14 @@
 """The run: which peer is measured when.
 
 For each number of workers all peers are started; then, round after round and case after case, they take turns, in some
-cases several short ones a round. Peers that cost something while they wait are started anew in each round, after the
-others have had theirs.
+cases several short ones a round, in an order that is drawn anew each time: whoever comes after a peer that keeps processors
+busy finds them awake. Peers that cost something while they wait are started anew in each round, after the others have had
+theirs.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -130,8 +132,8 @@ class Campaign:
         able = [peer for peer in peers if peer.spec.workloads is None or case.workload in peer.spec.workloads]
         found: dict[str, list[Metrics]] = {}
         for turn in range(case.turns):
-            first = (number + turn) % max(1, len(able))
-            for peer in able[first:] + able[:first]:
+            draw = random.Random(f"{case.name} {number} {turn}")  # noqa: S311 # the same in each run
+            for peer in draw.sample(able, len(able)):
                 metrics = self._take_turn(peer, case)
                 if metrics is not None:
                     found.setdefault(peer.spec.name, []).append(metrics)
