@@ -90,6 +90,7 @@ class Ends:
         assert words is not None
         number = next(number for of, number in self.driver.replies(words) if of == rank)
         answer = self.driver.open(rank, number, self.driver.take(rank, number))
+        assert answer is not None
         value = messages.decode(answer.body, answer.format, owned=answer.owned)
         self.driver.consume(self.up_to(rank, number + 1))
         return value
@@ -269,6 +270,27 @@ def test_full_arena_takes_no_more(ends: Ends) -> None:
     ends.receive(1)
 
     assert ends.send(bytes(9 << 20))
+
+
+def test_memory_of_a_reply_is_handed_out_once(ends: Ends) -> None:
+    """A reply that was opened and not consumed is known when it is read again; one that lies in its slot is copied again."""
+    ends.answer(1, numpy.arange(100_000, dtype=numpy.uint8))
+    ends.answer(1, "small")
+    large, small = (ends.driver.take(1, number) for number in (0, 1))
+
+    answer = ends.driver.open(1, 0, large)
+    assert answer is not None
+    assert ends.driver.open(1, 0, large) is None
+    for _ in range(2):
+        again = ends.driver.open(1, 1, small)
+        assert again is not None
+        assert "small" == messages.decode(again.body, again.format)
+    array = messages.decode(answer.body, answer.format, owned=answer.owned)
+    del answer
+    ends.driver.consume(ends.up_to(1, 2))
+    ends.answer(1, numpy.zeros(100_000, dtype=numpy.uint8))
+    assert array.tolist() == numpy.arange(100_000, dtype=numpy.uint8).tolist()
+    assert not ends.take(1).any()
 
 
 def test_more_ranks_than_bits_in_a_word() -> None:

@@ -105,6 +105,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "staggered": {"method": "where", "args": (1,), "max_concurrent_workers": 1},
     "future": {"method": "where", "args": (1,), "non_block": True},
     "staggered future": {"method": "where", "args": (1,), "non_block": True, "max_concurrent_workers": 1},
+    "large values": {"method": lambda worker: bytes(100_000)},
     "some ranks": {"method": "where", "args": (1,), "ranks": [1]},
 }
 
@@ -126,6 +127,7 @@ def test_interrupt_at_every_point(launch: Launch, kind: str, driver_worker: str)
         try:
             for number in (at, -at):
                 assert [(0, number), (1, number)] == executor.collective_rpc("where", args=(number,))
+            assert [100_000] * 2 == list(map(len, executor.collective_rpc(lambda worker: bytes(100_000))))
             assert [0, 1] == [r for r, _ in executor.collective_rpc("where", args=(0,), max_concurrent_workers=1)]
             eventually(lambda: not calls.in_flight)  # it may be the background thread that deals with the last one
         except Exception as error:

@@ -81,6 +81,8 @@ class Answers:
         if not has_body:
             return rank, call_id, None, None
         answer = channel.open(rank, number, header)
+        if answer is None:  # its caller has left
+            return rank, call_id, None, None
         if status == Status.PROGRESS:
             self.todo.append(functools.partial(self._progress, rank, *messages.decode(answer.body, answer.format)))
             return None

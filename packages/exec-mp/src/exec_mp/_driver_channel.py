@@ -89,6 +89,8 @@ class DriverChannel:
         self._size, self._ack_bytes, self._by_rank = size, len(self._replies), struct.Struct(f"<{size}Q")
         self._taken = bytes(len(self._replies))  # of what was seen, the replies in rings
         self._counts = (0,) * size  # the same, by rank
+        self._told = self._taken  # the same, as ranks have been told
+        self._opened = [0] * size  # by rank: replies in arena blocks have been opened up to this number
         self.pack_id, self._padding = struct.Struct("<Q").pack, bytes(8 * (geometry.row - size))
         self.rest = self._padding + self._taken
         self.glance: Callable[[], bytes] = self._answers.tobytes
@@ -221,10 +223,15 @@ class DriverChannel:
         """A reply that `replies` has named."""
         return REPLY_FIELDS.unpack_from(self._view, self._reply_rings[rank] + number % self._slots * self._reply_slot)
 
-    def open(self, rank: int, number: int, header: Header) -> Answer:
-        """What `take` found."""
+    def open(self, rank: int, number: int, header: Header) -> Answer | None:
+        """What `take` found. None if its memory was handed out before, which Ctrl-C has kept from being consumed."""
         _, status, fmt, nbytes, position, block, time_ns = header
         if position:
+            if number < self._opened[rank]:
+                return None
+            self._opened[rank] = (
+                number + 1
+            )  # first: Ctrl-C may lose a block, but none is handed out twice, and freed twice
             body = self._shared.lend(position, nbytes, self._reply_holds[rank], block)
         else:
             start = self._reply_rings[rank] + number % self._slots * self._reply_slot + REPLY_HEAD
@@ -234,12 +241,13 @@ class DriverChannel:
     def consume(self, words: Words) -> None:
         """What ``words`` say has been dealt with; the slots of the replies among it may be used again."""
         acks, replies = words
-        self.seen = acks + replies
-        if replies != self._taken:
-            self._taken, self._counts = replies, self._by_rank.unpack_from(replies)
-            self.rest = self._padding + replies
+        if replies != self._told:  # in this order: begun again where Ctrl-C comes in between
+            counts = self._by_rank.unpack_from(replies)
+            self._taken, self._counts, self.rest = replies, counts, self._padding + replies
             for rank in self.remote_ranks:
-                self._words[self._replies_read + rank] = self._counts[rank]
+                self._words[self._replies_read + rank] = counts[rank]
+            self._told = replies
+        self.seen = acks + replies
 
     def open_gate(self, rank: int, number: int) -> None:
         """Lets ``rank`` start gated requests up to ``number``."""
