@@ -16,6 +16,7 @@ import pytest
 import exec_core as ec
 from exec_core.testing import Gate, eventually, faults, workers
 from exec_mp import _stacks
+from exec_mp._poller import Poller
 
 Launch = Callable[..., ec.Executor]
 
@@ -93,6 +94,33 @@ def test_time_out_of_a_future_has_stacks(launch: Launch, tmp_path: Path) -> None
     assert isinstance(error, ec.RpcTimeoutError)
     assert [0, 1, 2] == list(error.stacks)
     assert all("gate.wait" in stack for stack in error.stacks.values())
+
+
+def test_time_limits_of_futures_do_not_wake_anybody_before_their_time(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The background thread knows the time of one that is over already; a shorter one is met in time all the same."""
+    executor, gate = launch(2), Gate(tmp_path)
+    woken: list[int] = []
+    executor.collective_rpc("where", 600.0, args=(0,), non_block=True).result()
+    wake = Poller.wake
+
+    def counted(poller: Poller) -> None:
+        woken.append(1)
+        wake(poller)
+
+    monkeypatch.setattr(Poller, "wake", counted)
+    for number in range(50):
+        future = executor.collective_rpc("where", 600.0 + number, args=(number,), non_block=True)
+        assert [(0, number), (1, number)] == future.result()
+    times_woken = len(woken)
+    late = executor.collective_rpc(workers.wait_at, 0.2, args=(gate,), non_block=True)
+    error = late.exception(30.0)
+    gate.open()
+
+    assert 0 == times_woken
+    assert isinstance(error, ec.RpcTimeoutError)
+    assert 1 <= len(woken)
 
 
 def test_stacks_of_ranks_in_a_collective(launch: Launch) -> None:

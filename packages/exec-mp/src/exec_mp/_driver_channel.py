@@ -229,9 +229,7 @@ class DriverChannel:
         if position:
             if number < self._opened[rank]:
                 return None
-            self._opened[rank] = (
-                number + 1
-            )  # first: Ctrl-C may lose a block, but none is handed out twice, and freed twice
+            self._opened[rank] = number + 1  # first: Ctrl-C may lose a block, but none is freed twice
             body = self._shared.lend(position, nbytes, self._reply_holds[rank], block)
         else:
             start = self._reply_rings[rank] + number % self._slots * self._reply_slot + REPLY_HEAD

@@ -313,7 +313,11 @@ class Receiver:
     def turn(self, until: float) -> None:
         """One round of the background thread: waits for something to happen until ``until`` at most, and deals with it."""
         with self._lock:
-            self._wake_at = min(self._calls.due(), until)
+            due = min(self._calls.due(), until)
+            if (
+                not monotonic() < self._wake_at < due
+            ):  # else it stays: of a call that is over, but the next ones are due later
+                self._wake_at = due
             if not self._leader and not self._followers:  # whoever had it may have been interrupted
                 self._arm(bool(self._calls.in_flight))
         self._poller.turn(self._wake_at)

@@ -70,8 +70,8 @@ class WorkerChannel:
     ) -> Iterator[Incoming]:
         """The requests for this rank, which it is shown to be in, until it is to leave. Skips those for others.
 
-        A request without a body is run here, and is among them only if there is something to say about it. What is asked for
-        the next one for has been run; it is acknowledged, unless `is_answered`.
+        One without a body is run here, and is among them only if there is something to say about it. Who asks for the next one
+        has run the one before, which is then acknowledged, unless it `is_answered`.
 
         Args:
             run_bare: runs a method without arguments.
