@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -96,13 +97,43 @@ def test_time_out_of_a_future_has_stacks(launch: Launch, tmp_path: Path) -> None
     assert all("gate.wait" in stack for stack in error.stacks.values())
 
 
+def gates(directory: Path, count: int) -> list[Gate]:
+    """Several gates, each in a directory of its own."""
+    made = [directory / str(number) for number in range(count)]
+    for path in made:
+        path.mkdir()
+    return list(map(Gate, made))
+
+
+def test_call_is_busy_from_when_its_rank_came_to_it(launch: Launch, tmp_path: Path) -> None:
+    """The time for which a call waits behind another, in its rank, is no time in it."""
+    executor, (first, second) = launch(1), gates(tmp_path, 2)
+    sent = [executor.collective_rpc(workers.wait_at, args=(gate,), non_block=True) for gate in (first, second)]
+    eventually(lambda: executor.workers[0].busy_s > 0.2)
+    opened = time.monotonic()
+    first.open()
+    assert [0] == sent[0].result(30.0)
+    second.entered([0])
+    (info,) = executor.workers
+    passed_s = time.monotonic() - opened
+    second.open()
+
+    assert [0] == sent[1].result(30.0)
+    assert ("busy", "wait_at") == (info.state, info.method)
+    assert 0.0 < info.busy_s <= passed_s
+
+
 def test_time_limits_of_futures_do_not_wake_anybody_before_their_time(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The background thread knows the time of one that is over already; a shorter one is met in time all the same."""
-    executor, gate = launch(2), Gate(tmp_path)
+    executor, (first, second) = launch(2), gates(tmp_path, 2)
+    receiver = executor._group._receiver  # type: ignore[union-attr] # ours
     woken: list[int] = []
-    executor.collective_rpc("where", 600.0, args=(0,), non_block=True).result()
+    limited = executor.collective_rpc(workers.wait_at, 600.0, args=(first,), non_block=True)
+    eventually(lambda: receiver._wake_at < math.inf)
+    first.open()
+    assert [0, 1] == limited.result(30.0)
     wake = Poller.wake
 
     def counted(poller: Poller) -> None:
@@ -114,9 +145,9 @@ def test_time_limits_of_futures_do_not_wake_anybody_before_their_time(
         future = executor.collective_rpc("where", 600.0 + number, args=(number,), non_block=True)
         assert [(0, number), (1, number)] == future.result()
     times_woken = len(woken)
-    late = executor.collective_rpc(workers.wait_at, 0.2, args=(gate,), non_block=True)
+    late = executor.collective_rpc(workers.wait_at, 0.2, args=(second,), non_block=True)
     error = late.exception(30.0)
-    gate.open()
+    second.open()
 
     assert 0 == times_woken
     assert isinstance(error, ec.RpcTimeoutError)

@@ -134,3 +134,17 @@ def test_interrupt_at_every_point(launch: Launch, kind: str, driver_worker: str)
             error.add_note(f"after an interrupt at {where}")
             raise
     assert at > 20  # it had something to interrupt
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupt_while_waiting_for_room_keeps_the_value_of_a_future(launch: Launch) -> None:
+    """The main thread, which Ctrl-C may strike, takes nobody else's answer while it waits to send its own call."""
+    executor = launch(2, rpc={"timeout_s": 20.0, "max_in_flight": 1})
+    where: str | None = ""
+    at = 0
+    while where is not None:
+        at += 1
+        future = executor.collective_rpc(lambda worker: bytes(100_000), non_block=True)
+        where = interrupted(lambda: executor.collective_rpc("where", args=(1,)), at)
+        assert [100_000] * 2 == list(map(len, future.result(30.0))), where
+    assert at > 20

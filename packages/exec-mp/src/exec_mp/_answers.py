@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from exec_core import messages
-from exec_core.errors import WorkerError
+from exec_core.errors import ExecutorError, WorkerError
 from exec_core.messages import Failure, Status
 from exec_mp._calls import Calls, Entry
 from exec_mp._channel import Answer
@@ -81,13 +81,15 @@ class Answers:
         if not has_body:
             return rank, call_id, None, None
         answer = channel.open(rank, number, header)
-        if answer is None:  # its caller has left
-            return rank, call_id, None, None
+        pid, name = self._pids.get(rank, 0), self._calls.name_of(call_id) or "?"
+        if answer is None:  # most likely its caller, who has left
+            error = ExecutorError(f"the result of {name!r} was lost: an exception came while it was being taken")
+            messages.add_origin(error, rank, pid, name)
+            return rank, call_id, None, Failure(rank, pid, error, header[-1])
         if status == Status.PROGRESS:
             self.todo.append(functools.partial(self._progress, rank, *messages.decode(answer.body, answer.format)))
             return None
-        name = self._calls.name_of(call_id) or "?"
-        return rank, call_id, *decoded(answer, self._pids.get(rank, 0), name)
+        return rank, call_id, *decoded(answer, pid, name)
 
     def _record(self, taken: Sequence[Taken]) -> list[Entry]:
         """Under the lock: tells the calls of values and failures. The entries that nobody owes any more."""

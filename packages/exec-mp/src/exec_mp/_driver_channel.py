@@ -86,7 +86,7 @@ class DriverChannel:
         self._answers = shared.view[acks : replies + 8 * geometry.row]
         self._replies = shared.view[replies : replies + 8 * geometry.row]
         self.seen = bytes(len(self._answers))
-        self._size, self._ack_bytes, self._by_rank = size, len(self._replies), struct.Struct(f"<{size}Q")
+        self._ack_bytes, self._by_rank = len(self._replies), struct.Struct(f"<{size}Q")
         self._taken = bytes(len(self._replies))  # of what was seen, the replies in rings
         self._counts = (0,) * size  # the same, by rank
         self._told = self._taken  # the same, as ranks have been told
@@ -148,6 +148,11 @@ class DriverChannel:
             if sleeping[rank]:
                 self._spread_at = self.sent + _BURST
                 os.eventfd_write(self.bells[rank], 1)
+
+    def wake_all(self) -> None:
+        """Rings all bells: for a request that was published by a `publish` which Ctrl-C has cut short."""
+        for bell in self.bells.values():
+            os.eventfd_write(bell, 1)
 
     def _put(self, name: bytes, body: Encoded, ranks: tuple[int, ...], slot: int) -> int | None:
         """Writes a body, and where it is. What a request's kind says of it, or None while there is no room."""

@@ -201,6 +201,7 @@ class ProcessGroup:
         if not runs_here and (call.number is None or self._channel.sent <= call.number):
             self._withdraw(call)
             return
+        self._channel.wake_all()  # the call is in their ring, and nothing else may come to wake them for it
         with self._lock:
             self._calls.abandon(call, error)
             if inline is not None and not runs_here and 0 in call.ranks:

@@ -153,7 +153,7 @@ class Receiver:
                 entry.waiter = Wakeup()
             self._followers.append(entry)
             if not self._leader:
-                if self._may_lead():
+                if get_ident() != _MAIN or len(self._calls.in_flight) <= 1:
                     return
                 self._arm(on=True)
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - monotonic()))
@@ -194,9 +194,6 @@ class Receiver:
         if pace.slept:
             pace.came = monotonic()
 
-    def _may_lead(self) -> bool:
-        return get_ident() != _MAIN or len(self._calls.in_flight) <= 1
-
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:
             if entry.waiter is not None:
@@ -230,7 +227,7 @@ class Receiver:
             with self._lock:
                 if self._stopped:  # the channel may be gone; the next try to send says why
                     return True
-                if self._may_lead():
+                if get_ident() != _MAIN:  # which has no call of its own yet: all that comes is for others
                     self._leader.setdefault(None, leader)
                 elif not self._leader:
                     self._arm(on=True)
@@ -316,7 +313,7 @@ class Receiver:
             due = min(self._calls.due(), until)
             if (
                 not monotonic() < self._wake_at < due
-            ):  # else it stays: of a call that is over, but the next ones are due later
+            ):  # else it stays: the next calls are due later than one that is over
                 self._wake_at = due
             if not self._leader and not self._followers:  # whoever had it may have been interrupted
                 self._arm(bool(self._calls.in_flight))
