@@ -3,7 +3,8 @@
 For each number of workers all peers are started; then, round after round and case after case, they take turns, in some
 cases several short ones a round, in an order that is drawn anew each time: whoever comes after a peer that keeps processors
 busy finds them awake. Peers that cost something while they wait are started anew in each round, after the others have had
-theirs.
+theirs. So are those that have little to do: what watches over a machine looks at all of its processes, now and then, and
+that takes a processor for longer the more of them there are.
 """
 
 from __future__ import annotations
@@ -95,9 +96,12 @@ class Campaign:
                         self._visit(spec, n, cases, number)
 
     def _visit(self, spec: PeerSpec, n: int, cases: Iterable[Case], number: int) -> None:
+        due = [case for case in cases if _is_due(spec, case, number)]
+        if not due:
+            return
         with ExitStack() as stack:
             peers = self._start(n, [spec], stack, number)
-            for case in cases:
+            for case in due:
                 self._measure(peers, case, number)
 
     def _start(
@@ -127,9 +131,7 @@ class Campaign:
 
     def _measure(self, peers: Sequence[PeerProcess], case: Case, number: int) -> None:
         """One round of a case: each of the peers that can do it has its turns, the others in between."""
-        if case.once and number > 0:
-            return
-        able = [peer for peer in peers if peer.spec.workloads is None or case.workload in peer.spec.workloads]
+        able = [peer for peer in peers if _is_due(peer.spec, case, number)]
         found: dict[str, list[Metrics]] = {}
         for turn in range(case.turns):
             draw = random.Random(f"{case.name} {number} {turn}")  # noqa: S311 # the same in each run
@@ -178,6 +180,12 @@ def _own_runs(settings: Settings, number: int) -> Iterator[tuple[str, str, int, 
     if "growth" in settings.groups and number == 0:
         for name, count in (("calls", settings.calls), ("tensors", settings.tensors)):
             yield f"growth_{name}", OURS, GROWTH_N, ["bench.upkeep", name, str(count), str(GROWTH_N)]
+
+
+def _is_due(spec: PeerSpec, case: Case, number: int) -> bool:
+    """Whether the peer is measured by this case in this round."""
+    able = spec.workloads is None or case.workload in spec.workloads
+    return able and not (case.once and number > 0)
 
 
 def _leave(peers: Iterable[PeerProcess]) -> None:

@@ -21,7 +21,8 @@ class PeerSpec:
         path: ``module:Class`` of its `Peer`.
         workloads: what it can do; None: everything.
         ns: numbers of workers that it can have.
-        resident: stays, without a cost, while others are measured; otherwise it is started anew in each round.
+        resident: stays, without a cost, while others are measured; otherwise it is started anew in each round that has a
+            case for it.
         own_environment: what to install into an environment of its own; empty: it runs in ours.
         variables: added to the environment of its processes.
     """
@@ -46,7 +47,8 @@ BARE = "exec-mp-bare"
 _SPECS = (
     PeerSpec(OURS, "exec-mp", "bench.peers.exec_mp_peer:ExecMp"),
     PeerSpec(
-        BARE, "exec-mp, no process groups", "bench.peers.exec_mp_peer:ExecMpBare", workloads=("memory", "idle")
+        BARE, "exec-mp, no process groups", "bench.peers.exec_mp_peer:ExecMpBare",
+        workloads=("memory", "idle"), resident=False,
     ),
     PeerSpec("exec-uniproc", "exec-uniproc", "bench.peers.exec_uniproc_peer:ExecUniproc", ns=(1,)),
     PeerSpec("eventfd", "C eventfd floor", "bench.peers.floor:EventfdFloor", workloads=("noop",)),
