@@ -67,7 +67,7 @@ class Answers:
         for entry in closed:
             if entry.late is not None:
                 self.todo.append(functools.partial(self._late, entry.late, entry.name))
-            elif entry.future is not None or entry.waiter is not None:
+            elif (entry.future is not None or entry.waiter is not None) and not entry.claimed:
                 self.deliver(entry)
         # After recording: interrupted in between, a reply is read again and recognised.
         channel.consume(words)

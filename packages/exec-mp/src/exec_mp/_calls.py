@@ -50,6 +50,9 @@ class Entry(Call):
         late: a rank that has answered when the call was finished already; set when it is closed.
         waiter: what wakes the blocking caller, where it waits for another thread.
         job: of rank 0 where that runs here, for a blocking caller.
+        claimed: the main thread waits for its future, and delivers it once it is answered.
+        delivered: a thread is setting its future, or has.
+        told: its outcome, see `exec_mp._future.tell`.
     """
 
     id: int = 0
@@ -66,6 +69,9 @@ class Entry(Call):
     error: BaseException | None = None
     waiter: Any = None
     job: Any = None
+    claimed: bool = False
+    delivered: bool = False
+    told: tuple[Any, BaseException | None] | None = None
 
     @property
     def due(self) -> float:
@@ -139,6 +145,10 @@ class Calls:
         """Ranks that have not answered ``entry``."""
         acks, values, call_id = self._acks, entry.values, entry.id
         return [rank for rank in entry.ranks if acks[rank] < call_id and rank not in values]
+
+    def is_answered(self, entry: Entry) -> bool:
+        """Whether it is finished and nothing of its outcome is still to come, such as the stacks of ranks that are late."""
+        return entry.finished and entry.late is None and entry.id not in self.in_flight
 
     def late(self, rank: int) -> Entry | None:
         """The oldest call that ``rank`` still owes and whose caller has given up on it."""
@@ -225,13 +235,12 @@ class Calls:
         return [entry]
 
     def _close(self, entry: Entry) -> None:
-        del self.in_flight[entry.id]
+        error = first_failure(entry.failures) if entry.failures else None
         if self.gated and entry in self.gated:
             self.gated.remove(entry)
+        del self.in_flight[entry.id]  # no call from here on: Ctrl-C finds all of it done, or none
         if not entry.finished:
-            entry.finished, entry.settle_at = True, math.inf
-            if entry.failures:
-                entry.error = first_failure(entry.failures)
+            entry.error, entry.finished, entry.settle_at = error, True, math.inf
 
     @staticmethod
     def _finish(entry: Entry, error: BaseException | None) -> Entry:

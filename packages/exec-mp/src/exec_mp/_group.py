@@ -39,6 +39,7 @@ from exec_core.wrapper import WorkerWrapper
 from exec_mp._answers import Answers
 from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
 from exec_mp._channel import GATED
+from exec_mp._future import CallFuture, tell
 from exec_mp._parts import Hooks, Parts
 from exec_mp._poller import Handler
 from exec_mp._processes import Processes
@@ -132,7 +133,8 @@ class ProcessGroup:
             raise
 
     def submit(self, call: Entry, wait: bool) -> Future[Any]:
-        future = call.future = Future()
+        # Where rank 0 runs here, its thread has answers of its own, and nobody wakes a caller that reads the others'.
+        future = call.future = CallFuture(call, self._receiver) if self._inline is None else Future()
         if not call.ranks:
             future.set_result(call.result([]))
             return future
@@ -163,9 +165,8 @@ class ProcessGroup:
                     if has_room and ranks:
                         call.number, kind = channel.sent, GATED if call.ungated else 0
                         call.sent_at = monotonic()
-                        has_room = channel.publish(
-                            call.id, name, body, ranks, call.reply_ranks, kind, call.future is None
-                        )
+                        alone = call.future is None or len(calls.in_flight) == 1  # else it is one of many to be sent
+                        has_room = channel.publish(call.id, name, body, ranks, call.reply_ranks, kind, yields=alone)
                     if has_room:
                         if inline is not None and 0 in call.ranks:
                             self._enqueue_inline(inline, call)
@@ -263,14 +264,17 @@ class ProcessGroup:
         """Finishes the future of a finished entry."""
         future = entry.future
         assert future is not None  # only such entries are delivered here
+        with self._lock:
+            if entry.delivered:
+                return
+            entry.delivered = True
         if not future.running() and not future.set_running_or_notify_cancel():
             return
-        try:
-            value = entry.outcome()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
+        value, error = tell(entry)
+        if error is None:
             future.set_result(value)
+        else:
+            future.set_exception(error)
         self._room.made()
 
     def _settle(self, entries: Sequence[Entry]) -> None:

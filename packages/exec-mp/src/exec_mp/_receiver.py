@@ -2,6 +2,7 @@
 
     wait(entry)    the caller leads: it looks at the reply words in its own thread, because a hand-over to another thread
                    costs more than the whole round trip; with a leader there it sleeps until it is done or promoted
+    read_for(entry) the same for who waits on a future, which gets finished without that: so only where it helps
     (background)   one thread sleeps on the workers' ends and, only while calls are pending and nobody leads, on the bell;
                    it finishes futures that nobody waits on, and owns their deadlines
 
@@ -12,8 +13,8 @@ The lead is taken and given up without the lock, by one step each that nothing c
 is left. Who found it taken enters himself (a follower among the followers, a future among the calls) and looks once more: so
 one of the two sees the other.
 
-Ctrl-C may end the main thread's work between any two calls that it makes. So it leads only while its own call is the
-only one, which is then over anyway; replies to others' calls, and what they lead to, are the background thread's then.
+Ctrl-C may end the main thread's work between any two calls that it makes. So it leads only while all that comes is for
+its own call; replies to others' calls, and what they lead to, are the background thread's then.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from exec_mp._calls import Calls, Entry
 from exec_mp._driver_channel import DriverChannel, Words
 from exec_mp._pace import Pace
 from exec_mp._poller import Handler, Poller
-from exec_mp._wakeup import Wakeup
+from exec_mp._wakeup import Nudge, Wakeup
 
 _AFTER_ERROR_S = 0.05  # an error that comes again at once must not take a whole processor
+_FEW = 4  # calls in flight: the answers of more come in crowds, and one thread takes those better than many in turns
 _MAIN = threading.main_thread().ident
 
 
@@ -69,6 +71,7 @@ class Receiver:
         self._leader: dict[None, object] = {}  # who leads: taken by one `setdefault`, given up by one `pop`
         self._followers: deque[Entry] = deque()
         self._todo = answers.todo
+        self.is_answered = calls.is_answered
         self._armed: bool | None = False  # the background thread listens to the bell
         self._wake_at = math.inf  # when the background thread wakes by itself
         self._stopped = False
@@ -125,9 +128,44 @@ class Receiver:
         if entry.waiter is not None:
             self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
 
+    def read_for(self, entry: Entry, until: float) -> bool:
+        """Leads for who waits on a future until ``entry`` is finished, something is to be done without the lead, or ``until``.
+
+        Returns:
+            Whether to `act` and come again. Else others will finish it, or have; also when many calls are in flight.
+        """
+        leader, calls, channel, alone = self._leader, self._calls, self._channel, get_ident() == _MAIN
+        token = entry if alone else object()  # several threads may wait on one future
+        if len(calls.in_flight) > _FEW or entry.finished or leader.setdefault(None, token) is not token:
+            return False
+        try:
+            if entry.finished:  # the channel may be gone
+                return False
+            channel.stay_awake()
+            at_once = len(entry.ranks) == self._remote and entry.max_concurrent is None
+            complete = channel.pack_id(entry.id) * self._remote + channel.rest if at_once else b""
+            return self._lead(entry, alone, complete, until)
+        finally:
+            leader.pop(None)
+            if calls.in_flight or self._followers:
+                self._step_down(None)
+
+    def stop_reading_for(self, entry: Entry) -> None:
+        """Ctrl-C has come while the main thread may have led."""
+        self._step_down(entry)
+        self._step_down(None)  # the lead may have been given up, and nobody have been looked for
+
+    def end_reading_for(self, entry: Entry) -> None:
+        """Nobody waits for the future of ``entry`` in `read_for` any more. It is delivered if it was answered there."""
+        entry.claimed = False  # first: who answers it later sees that
+        if self._calls.is_answered(entry):
+            self._answers.deliver(entry)
+        self.act()
+
     def _turn_until_finished(self, entry: Entry) -> None:
         """A callback, on the background thread, that calls: this thread must go on watching."""
         with self._lock:
+            entry.waiter = Nudge(self._poller.wake)  # a leader may be the one who reads the answer
             if not self._leader:
                 self._arm(on=True)
         while not entry.finished:
@@ -140,8 +178,7 @@ class Receiver:
         with self._lock:
             self._calls.abandon(entry, error)
         self._unfollow(entry)
-        self._step_down(entry)
-        self._step_down(None)  # the lead may have been given up, and nobody have been looked for
+        self.stop_reading_for(entry)
         self.look_again()
 
     def _follow(self, entry: Entry) -> None:
@@ -158,15 +195,20 @@ class Receiver:
                 self._arm(on=True)
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - monotonic()))
 
-    def _lead(self, entry: Entry, alone: bool, complete: bytes) -> None:
+    def _lead(self, entry: Entry, alone: bool, complete: bytes, until: float = math.inf) -> bool:
         """Until ``entry``, which is not, is finished or due, or something is to be done without the lead.
 
         Args:
+            alone: only while what has been answered concerns no other call.
             complete: what all ranks' having acknowledged it looks like; empty where that is not enough.
+            until: at the latest.
+
+        Returns:
+            Whether the same caller may lead on when it has been done.
         """
         channel, calls, todo, pace = self._channel, self._calls, self._todo, self._pace
         pace.begin(monotonic())
-        while not entry.finished and not todo:
+        while not entry.finished and (alone or not todo):  # the main thread does nothing of that, see `act`
             seen, words = channel.glance(), None
             if seen != channel.seen:
                 if seen == complete and calls.close_only(entry):
@@ -174,8 +216,8 @@ class Receiver:
                     break
                 # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
                 others, words = len(calls.in_flight) > 1, channel.words(seen)
-                if alone and others:
-                    return
+                if alone and (others or entry.future is not None) and not self._may_be_cut_short(entry, words):
+                    return False
             now = monotonic()
             # What some ranks have acknowledged changes nothing yet if all will acknowledge, and nobody else has a call.
             if words and (others or not complete or now >= pace.spin_until or channel.has_replies(words)):
@@ -185,14 +227,34 @@ class Receiver:
                     pace.spin_until = now + pace.spin_s  # the other ranks will not be long
             elif now < pace.spin_until:
                 sched_yield()
-            elif now >= entry.due:
-                return
+            elif now >= entry.due or now >= until:
+                return False
             else:
-                channel.sleep(min(pace.rest(now), entry.due - now))
-                channel.stay_awake()
-                pace.woken(monotonic())
+                self._sleep(now, min(entry.due, until))
         if pace.slept:
             pace.came = monotonic()
+        return True
+
+    def _may_be_cut_short(self, entry: Entry, words: Words) -> bool:
+        """Whether the main thread may deal with ``words``, and another do it again should Ctrl-C come in between.
+
+        They must concern no other call than ``entry``, and for its future bring nothing that is handed out only once.
+        """
+        channel, calls, number = self._channel, self._calls, entry.id
+        if calls.gated or min(list(calls.in_flight), default=0) != number or max(channel.acks(words)) > number:
+            return False
+        headers = [channel.take(rank, place) for rank, place in channel.replies(words)]
+        return all(call_id == number and not position for call_id, _, _, _, position, *_ in headers)
+
+    def _sleep(self, now: float, until: float) -> None:
+        """Rests while leading, until the bell rings or ``until`` at most."""
+        channel, pace = self._channel, self._pace
+        if self._armed is not False:  # else the bell would wake the background thread as well
+            with self._lock:
+                self._arm(on=False)
+        channel.sleep(min(pace.rest(now), until - now))
+        channel.stay_awake()
+        pace.woken(monotonic())
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:
@@ -260,6 +322,8 @@ class Receiver:
     def _process(self, words: Words) -> None:
         if self._answers.process(words):
             self._todo.append(self.look_again)  # an error may have to be held back
+        if self._todo and get_ident() == _MAIN:
+            self.look_again()
 
     # The background thread
 

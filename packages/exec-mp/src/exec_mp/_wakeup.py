@@ -1,8 +1,9 @@
-"""What one thread sleeps on until another wakes it."""
+"""What one thread sleeps on until another wakes it, or is woken by where it sleeps on something else."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 
 class Wakeup:
@@ -30,3 +31,10 @@ class Wakeup:
     def clear(self) -> None:
         """Not set any more."""
         self._lock.acquire(blocking=False)
+
+
+class Nudge:
+    """A `Wakeup` for who waits in another way: `set` is ``wake``."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.set = wake

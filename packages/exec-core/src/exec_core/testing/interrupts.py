@@ -6,14 +6,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 
 
 def interrupted(call: Callable[[], object], at: int) -> str | None:
     """Runs ``call`` with a KeyboardInterrupt at its ``at``-th point, from 1. Where that is; None when there are fewer points.
 
     Points are where the interpreter looks for signals: the start of a function, and the end of one written in C. Not those in
-    starting a thread, which `threading` keeps in its list for ever if that is cut short.
+    what `threading` itself leaves undone if it is cut short: a thread being started, which stays in its list for ever, and
+    a `threading.Condition`, whose lock stays taken.
     """
     interrupter = _Interrupter(at, sys._getframe().f_code)  # noqa: SLF001 # the frame that everything of interest is above
     sys.setprofile(interrupter)
@@ -25,6 +26,11 @@ def interrupted(call: Callable[[], object], at: int) -> str | None:
     finally:
         sys.setprofile(None)
     return interrupter.where
+
+
+_NOT_IN = {threading.Thread.start.__code__} | {
+    method.__code__ for method in vars(threading.Condition).values() if isinstance(method, FunctionType)
+}
 
 
 class _Interrupter:
@@ -47,7 +53,7 @@ class _Interrupter:
             return False
         back: FrameType | None = frame
         while back is not None and back.f_code is not self._below:
-            if back.f_code is threading.Thread.start.__code__:
+            if back.f_code in _NOT_IN:
                 return False
             back = back.f_back
         return True

@@ -1,0 +1,120 @@
+"""The future of a call.
+
+Who waits for it receives, as a blocking caller does: a hand-over from another thread costs more than the round trip, and
+that thread is not awake when a step of the usual length ends. Otherwise the background thread finishes it.
+
+On the main thread Ctrl-C may come between any two calls, and half-notified waiters would wait for ever. So there `result`
+receives and works out the outcome, which it returns at once; the background thread then tells all others, and callbacks.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from exec_core.calls import deadline_after
+
+if TYPE_CHECKING:
+    from exec_mp._calls import Entry
+    from exec_mp._receiver import Receiver
+
+Told = tuple[Any, BaseException | None]
+"""What a call has led to: its value, or its error."""
+
+
+def tell(entry: Entry) -> Told:
+    """The outcome of a finished call with a future, worked out once: ``aggregate`` is the user's.
+
+    Raises:
+        KeyboardInterrupt: on the main thread; it is as if this had not been called.
+    """
+    if entry.told is None:
+        try:
+            entry.told = entry.outcome(), None
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise
+            entry.told = None, error
+    return entry.told
+
+
+class CallFuture(Future[Any]):
+    """Of ``entry``, whose answers ``receiver`` reads."""
+
+    def __init__(self, entry: Entry, receiver: Receiver) -> None:
+        super().__init__()
+        self._call: tuple[Entry, Receiver] | None = entry, receiver  # until it is set: these know the future as well
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See `concurrent.futures.Future.result`."""
+        until = deadline_after(timeout)
+        told = self._receive(until)
+        if told is None:
+            return super().result(None if timeout is None else until - monotonic())
+        value, error = told
+        if error is None:
+            return value
+        try:
+            raise error
+        finally:  # its traceback has this frame
+            del self, told, error
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See `concurrent.futures.Future.exception`."""
+        until = deadline_after(timeout)
+        told = self._receive(until)
+        return super().exception(None if timeout is None else until - monotonic()) if told is None else told[1]
+
+    def done(self) -> bool:
+        """See `concurrent.futures.Future.done`."""
+        call = self._call
+        return super().done() if call is None else call[0].told is not None
+
+    def _receive(self, until: float) -> Told | None:
+        """Receives for as long as that helps. None where the future is set already, or has to be waited for."""
+        call = self._call
+        if call is None:
+            return None
+        entry, receiver = call
+        if entry.told is None and monotonic() < until:
+            if receiver.is_current_thread():
+                self._turn(receiver, until)
+            elif threading.current_thread() is threading.main_thread():
+                _claim(entry, receiver, until)
+            else:
+                while receiver.read_for(entry, until):
+                    receiver.act()
+                receiver.end_reading_for(entry)
+        return entry.told
+
+    def _turn(self, receiver: Receiver, until: float) -> None:
+        """A callback, on the background thread, waits for another future: this thread must go on watching."""
+        self.add_done_callback(lambda _: receiver.look_again())
+        receiver.act()
+        while not self.done() and monotonic() < until:
+            receiver.turn(until)
+
+    def set_result(self, result: Any) -> None:
+        """See `concurrent.futures.Future.set_result`."""
+        super().set_result(result)
+        self._call = None
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """See `concurrent.futures.Future.set_exception`."""
+        super().set_exception(exception)
+        self._call = None
+
+
+def _claim(entry: Entry, receiver: Receiver, until: float) -> None:
+    """On the main thread: receives, works out the outcome, and leaves it to the background thread to tell others."""
+    entry.claimed = True  # who answers it from now on does not deliver it
+    try:
+        if receiver.read_for(entry, until) and receiver.is_answered(entry):
+            tell(entry)
+        receiver.end_reading_for(entry)
+    except BaseException:
+        receiver.end_reading_for(entry)
+        receiver.stop_reading_for(entry)
+        raise

@@ -1,0 +1,277 @@
+"""Who waits on a future receives its answer, whichever thread that is, and nobody else is kept waiting by it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import exec_core as ec
+from exec_core.testing import eventually, faults
+from exec_core.testing.interrupts import interrupted
+
+Launch = Callable[..., ec.Executor]
+
+
+def _thread(_: list[Any]) -> str:
+    return threading.current_thread().name
+
+
+def _submit(executor: ec.Executor, seconds: float = 0.02, **kwargs: Any) -> Future[Any]:
+    """A call whose value is the name of the thread that works out its outcome."""
+    return executor.collective_rpc(faults.nap, 30.0, args=(seconds,), non_block=True, aggregate=_thread, **kwargs)
+
+
+# Who receives
+
+
+def test_the_main_thread_receives(launch: Launch) -> None:
+    """The main thread works out what it waits for, and its future is done as soon as it has that."""
+    executor = launch(2)
+    for _ in range(10):
+        future = _submit(executor)
+        assert [threading.main_thread().name, True] == [future.result(30.0), future.done()]
+
+
+def test_another_thread_receives(launch: Launch) -> None:
+    """Any other thread does so, too, and runs the callbacks."""
+    executor = launch(2)
+    called: list[str] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="waiter") as pool:
+        future = _submit(executor)
+        future.add_done_callback(lambda _: called.append(threading.current_thread().name))
+        assert pool.submit(future.result, 30.0).result() == "waiter_0"
+        assert called == ["waiter_0"]
+        for _ in range(200):  # with nothing but acknowledgements there is next to nothing to be done for a call
+            future = executor.collective_rpc("check_health", non_block=True)
+            assert pool.submit(future.result, 30.0).result() == [None, None]
+
+
+def test_the_background_thread_receives_for_crowds(launch: Launch) -> None:
+    """While many calls are in flight, answers are received for all of them in one place."""
+    executor = launch(2)
+    futures = [_submit(executor) for _ in range(8)]
+    assert futures[0].result(30.0) == "exec-mp"
+    assert futures[-1].result(30.0) in {"exec-mp", threading.main_thread().name}
+
+
+def test_the_background_thread_receives_where_rank_0_runs_in_the_driver(launch: Launch) -> None:
+    """Answers of rank 0 come from a thread of its own then: a caller that looks at those of others would miss them."""
+    executor = launch(2, parallel={"driver_worker": "inline"})
+    assert _submit(executor).result(30.0) != threading.main_thread().name
+    assert _submit(executor, ranks=[0]).result(30.0) != threading.main_thread().name
+
+
+def test_the_oldest_of_several(launch: Launch) -> None:
+    """With few steps under way each is received in turn by who waits for it."""
+    executor = launch(2)
+    futures = [_submit(executor, 0.05) for _ in range(2)]
+    assert [threading.main_thread().name] * 2 == [future.result(30.0) for future in futures]
+
+
+def test_large_results_are_received_in_the_background(launch: Launch) -> None:
+    """Memory that is handed out once is not handed to a thread that Ctrl-C may end."""
+    executor = launch(2)
+    where: list[str] = []
+
+    def large(worker: Any) -> bytes:
+        time.sleep(0.02)  # so that it is waited for
+        return bytes(1_000_000)
+
+    def look(values: list[bytes]) -> int:
+        where.append(_thread(values))
+        return sum(map(len, values))
+
+    assert executor.collective_rpc(large, non_block=True, aggregate=look).result(30.0) == 2_000_000
+    assert where == ["exec-mp"]
+
+
+# What others see of it
+
+
+def test_everybody_gets_the_same(launch: Launch) -> None:
+    """The outcome is worked out once, and all waiters and callbacks get it: there may be many at a time."""
+    executor = launch(2)
+    with ThreadPoolExecutor(4) as pool:
+        for round_number in range(50):
+            outcomes: list[object] = []
+
+            def work_out(_: list[Any], outcomes: list[object] = outcomes) -> object:
+                outcomes.append(object())
+                return outcomes[-1]
+
+            seconds = 0.002 * (round_number % 3)
+            future = executor.collective_rpc(faults.nap, 30.0, args=(seconds,), non_block=True, aggregate=work_out)
+            called: Future[Any] = Future()
+            others = [pool.submit(future.result, 30.0) for _ in range(4)]
+            mine = future.result(30.0)
+            future.add_done_callback(called.set_result)
+            done, _ = concurrent.futures.wait([future], timeout=30.0)
+            assert done == {future}
+            assert outcomes == [mine]
+            assert [mine] * 5 == [other.result(30.0) for other in [*others, future]]
+            assert called.result(30.0) is future
+
+
+def test_error_is_raised_and_told(launch: Launch) -> None:
+    """A failing call raises its error from ``result``, gives it as ``exception``, and is done."""
+    executor = launch(2)
+    failed = executor.collective_rpc("no_such_method", non_block=True)
+    with pytest.raises(AttributeError):
+        failed.result(30.0)
+    assert failed.done()
+    error = executor.collective_rpc("no_such_method", non_block=True).exception(30.0)
+    assert isinstance(error, AttributeError)
+    with pytest.raises(ZeroDivisionError):
+        executor.collective_rpc("where", non_block=True, aggregate=lambda _: 1 // 0).result(30.0)
+    assert executor.collective_rpc("where", non_block=True).exception(30.0) is None
+
+
+def test_timeout_of_the_waiter(launch: Launch) -> None:
+    """``result`` waits no longer than asked, and the call goes on."""
+    executor = launch(2)
+    future = _submit(executor, 0.3)
+    for timeout in (-1, 0, 0.05):
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            future.result(timeout)
+        assert time.monotonic() - began < 0.25
+    with pytest.raises(TimeoutError):
+        future.exception(0.01)
+    assert not future.done()
+    assert future.result(30.0) == threading.main_thread().name
+
+
+def test_deadline_of_the_call(launch: Launch) -> None:
+    """Past the call's own deadline its waiter gets the error with the stacks, from whichever thread."""
+    executor = launch(2)
+    waiters: list[Callable[[Future[Any]], Any]] = [lambda future: future.exception(30.0)]
+    with ThreadPoolExecutor(1) as pool:
+        waiters.append(lambda future: pool.submit(future.exception, 30.0).result())
+        for wait in waiters:
+            error = wait(executor.collective_rpc(faults.nap, 0.2, args=(1.0, 1), non_block=True))
+            assert isinstance(error, ec.RpcTimeoutError)
+            assert error.pending_ranks == (1,)
+            assert "nap" in error.stacks[1]
+
+
+def test_death_while_waiting(launch: Launch) -> None:
+    """A worker's death ends the wait at once."""
+    executor = launch(2)
+    future = executor.collective_rpc(faults.kill_itself, args=(9, 1, 0.2), non_block=True)
+    with pytest.raises(ec.WorkerDiedError):
+        future.result(30.0)
+
+
+def test_shutdown_while_waiting(launch: Launch) -> None:
+    """Another thread closes the executor: the wait ends, and the future stays readable."""
+    executor = launch(2)
+    future = executor.collective_rpc(faults.nap, args=(20.0,), non_block=True)
+    closing = threading.Timer(0.2, executor.shutdown)
+    closing.start()
+    with pytest.raises(ec.ExecutorClosedError):
+        future.result(30.0)
+    closing.join()
+    assert isinstance(future.exception(0), ec.ExecutorClosedError)
+
+
+def test_nothing_waits_for_the_garbage_collector(launch: Launch) -> None:
+    """A result goes with the last that refers to it, also when a thread has waited for it."""
+    executor = launch(2)
+
+    class Value:
+        pass
+
+    gc.disable()
+    try:
+        future = executor.collective_rpc(faults.nap, args=(0.01,), non_block=True, aggregate=lambda _: Value())
+        gone = weakref.ref(future.result(30.0))
+        del future
+        eventually(lambda: gone() is None)
+    finally:
+        gc.enable()
+
+
+# Callbacks, on the background thread, that wait
+
+
+def test_callback_waits_for_another_future(launch: Launch) -> None:
+    """A callback may wait on a future whose answer its own thread has to read, or has read already."""
+    executor = launch(2)
+    for seconds in (0.0, 0.05):
+        called: Future[Any] = Future()
+        first = executor.collective_rpc(faults.nap, args=(0.02,), non_block=True)
+        second = executor.collective_rpc(faults.nap, args=(seconds,), non_block=True)
+        first.add_done_callback(lambda _, s=second, c=called: c.set_result(s.exception(10.0)))  # type: ignore[misc]
+        assert called.result(30.0) is None
+
+
+def test_answer_to_a_callback_that_calls_is_read_by_another(launch: Launch) -> None:
+    """The background thread waits in a callback while another caller leads, who wakes it when its call is answered."""
+    executor = launch(2)
+    inside, called = threading.Event(), Future[float]()
+
+    def call_again(_: Future[Any]) -> None:
+        began = time.monotonic()
+        inside.set()
+        executor.collective_rpc(faults.nap, 30.0, args=(0.2,), ranks=[0])
+        called.set_result(time.monotonic() - began)
+
+    executor.collective_rpc("where", non_block=True).add_done_callback(call_again)
+    assert inside.wait(30.0)
+    with ThreadPoolExecutor(1) as pool:  # the main thread would not lead while another call is in flight
+        other = pool.submit(executor.collective_rpc, faults.nap, 30.0, args=(0.6,), ranks=[1])
+        assert [1] == other.result(30.0)
+    assert called.result(30.0) < 0.5
+
+
+# Ctrl-C
+
+KINDS: dict[str, dict[str, Any]] = {
+    "nothing": {"method": lambda worker: _after_a_while(None)},
+    "a value": {"method": faults.nap, "args": (0.003,)},
+    "staggered": {"method": faults.nap, "args": (0.001,), "max_concurrent_workers": 1},
+    "an error": {"method": lambda worker: _after_a_while(1) // 0},
+    "large values": {"method": lambda worker: bytes(_after_a_while(100_000))},
+    "one rank": {"method": faults.nap, "args": (0.003,), "ranks": [1]},
+}
+
+
+def _after_a_while(value: Any) -> Any:
+    time.sleep(0.003)  # it is waited for
+    return value
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupt_at_every_point_of_a_wait(launch: Launch, kind: str) -> None:
+    """Wherever Ctrl-C strikes who waits: the future has its outcome afterwards, told once to others, and so has the next one."""
+    executor = launch(2, rpc={"timeout_s": 20.0})
+    wanted = _outcome(executor.collective_rpc(**KINDS[kind], non_block=True))
+    struck = 0
+    for at in range(1, 150):
+        told: list[str] = []
+        future = executor.collective_rpc(**KINDS[kind], non_block=True)
+        following = executor.collective_rpc("where", args=(at,), non_block=True) if at % 2 else None
+        future.add_done_callback(lambda future, told=told: told.append(_outcome(future)))  # type: ignore[misc]
+        where = interrupted(lambda future=future: future.exception(20.0), at)  # type: ignore[misc]
+        struck += where is not None
+        assert wanted == _outcome(future), where
+        if following is not None:
+            assert [(0, at), (1, at)] == following.result(20.0), where
+        assert [(0, at), (1, at)] == executor.collective_rpc("where", args=(at,)), where
+        eventually(lambda told=told: told == [wanted])  # type: ignore[misc]
+    assert struck > 20
+
+
+def _outcome(future: Future[Any]) -> str:
+    """Of a future, whole: errors are equal by what they say."""
+    error = future.exception(20.0)
+    return repr(future.result(20.0)) if error is None else f"{type(error).__name__}: {error}"
