@@ -37,7 +37,9 @@ def test_the_main_thread_receives(launch: Launch) -> None:
     executor = launch(2)
     for _ in range(10):
         future = _submit(executor)
-        assert [threading.main_thread().name, True] == [future.result(30.0), future.done()]
+        assert [True, False] == [future.running(), future.done()]
+        assert threading.main_thread().name == future.result(30.0)
+        assert [False, True] == [future.running(), future.done()]
 
 
 def test_another_thread_receives(launch: Launch) -> None:
@@ -47,18 +49,18 @@ def test_another_thread_receives(launch: Launch) -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="waiter") as pool:
         future = _submit(executor)
         future.add_done_callback(lambda _: called.append(threading.current_thread().name))
-        assert pool.submit(future.result, 30.0).result() == "waiter_0"
-        assert called == ["waiter_0"]
+        assert "waiter_0" == pool.submit(future.result, 30.0).result()
+        assert ["waiter_0"] == called
         for _ in range(200):  # with nothing but acknowledgements there is next to nothing to be done for a call
             future = executor.collective_rpc("check_health", non_block=True)
-            assert pool.submit(future.result, 30.0).result() == [None, None]
+            assert [None, None] == pool.submit(future.result, 30.0).result()
 
 
 def test_the_background_thread_receives_for_crowds(launch: Launch) -> None:
     """While many calls are in flight, answers are received for all of them in one place."""
     executor = launch(2)
     futures = [_submit(executor) for _ in range(8)]
-    assert futures[0].result(30.0) == "exec-mp"
+    assert "exec-mp" == futures[0].result(30.0)
     assert futures[-1].result(30.0) in {"exec-mp", threading.main_thread().name}
 
 
@@ -89,8 +91,8 @@ def test_large_results_are_received_in_the_background(launch: Launch) -> None:
         where.append(_thread(values))
         return sum(map(len, values))
 
-    assert executor.collective_rpc(large, non_block=True, aggregate=look).result(30.0) == 2_000_000
-    assert where == ["exec-mp"]
+    assert 2_000_000 == executor.collective_rpc(large, non_block=True, aggregate=look).result(30.0)
+    assert ["exec-mp"] == where
 
 
 # What others see of it
@@ -114,8 +116,8 @@ def test_everybody_gets_the_same(launch: Launch) -> None:
             mine = future.result(30.0)
             future.add_done_callback(called.set_result)
             done, _ = concurrent.futures.wait([future], timeout=30.0)
-            assert done == {future}
-            assert outcomes == [mine]
+            assert {future} == done
+            assert [mine] == outcomes
             assert [mine] * 5 == [other.result(30.0) for other in [*others, future]]
             assert called.result(30.0) is future
 
@@ -146,7 +148,7 @@ def test_timeout_of_the_waiter(launch: Launch) -> None:
     with pytest.raises(TimeoutError):
         future.exception(0.01)
     assert not future.done()
-    assert future.result(30.0) == threading.main_thread().name
+    assert threading.main_thread().name == future.result(30.0)
 
 
 def test_deadline_of_the_call(launch: Launch) -> None:
@@ -158,7 +160,7 @@ def test_deadline_of_the_call(launch: Launch) -> None:
         for wait in waiters:
             error = wait(executor.collective_rpc(faults.nap, 0.2, args=(1.0, 1), non_block=True))
             assert isinstance(error, ec.RpcTimeoutError)
-            assert error.pending_ranks == (1,)
+            assert (1,) == error.pending_ranks
             assert "nap" in error.stacks[1]
 
 

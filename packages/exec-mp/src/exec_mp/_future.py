@@ -72,6 +72,10 @@ class CallFuture(Future[Any]):
         call = self._call
         return super().done() if call is None else call[0].told is not None
 
+    def running(self) -> bool:
+        """See `concurrent.futures.Future.running`."""
+        return super().running() and not self.done()
+
     def _receive(self, until: float) -> Told | None:
         """Receives for as long as that helps. None where the future is set already, or has to be waited for."""
         call = self._call
@@ -113,8 +117,13 @@ def _claim(entry: Entry, receiver: Receiver, until: float) -> None:
     try:
         if receiver.read_for(entry, until) and receiver.is_answered(entry):
             tell(entry)
-        receiver.end_reading_for(entry)
+        _end_claim(entry, receiver)
     except BaseException:
-        receiver.end_reading_for(entry)
+        _end_claim(entry, receiver)
         receiver.stop_reading_for(entry)
         raise
+
+
+def _end_claim(entry: Entry, receiver: Receiver) -> None:
+    entry.claimed = False  # first: who answers it later sees that
+    receiver.end_reading_for(entry)

@@ -268,8 +268,8 @@ class ProcessGroup:
             if entry.delivered:
                 return
             entry.delivered = True
-        if not future.running() and not future.set_running_or_notify_cancel():
-            return
+        if self._inline is not None and not future.running() and not future.set_running_or_notify_cancel():
+            return  # cancelled; only a call that waits for rank 0 here can be
         value, error = tell(entry)
         if error is None:
             future.set_result(value)

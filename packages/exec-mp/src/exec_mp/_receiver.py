@@ -156,9 +156,8 @@ class Receiver:
         self._step_down(None)  # the lead may have been given up, and nobody have been looked for
 
     def end_reading_for(self, entry: Entry) -> None:
-        """Nobody waits for the future of ``entry`` in `read_for` any more. It is delivered if it was answered there."""
-        entry.claimed = False  # first: who answers it later sees that
-        if self._calls.is_answered(entry):
+        """After `read_for`: delivers ``entry`` if it was answered there, unless the main thread does that."""
+        if self._calls.is_answered(entry) and not entry.claimed:
             self._answers.deliver(entry)
         self.act()
 
