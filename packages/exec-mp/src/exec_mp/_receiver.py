@@ -1,10 +1,10 @@
 """Who reads the replies: at most one leader at a time, a blocking caller if there is one.
 
-    wait(entry)    the caller leads: it looks at the reply words in its own thread, because a hand-over to another thread
-                   costs more than the whole round trip; with a leader there it sleeps until it is done or promoted
-    read_for(entry) the same for who waits on a future, which gets finished without that: so only where it helps
-    (background)   one thread sleeps on the workers' ends and, only while calls are pending and nobody leads, on the bell;
-                   it finishes futures that nobody waits on, and owns their deadlines
+    wait(entry)     the caller leads: it looks at the reply words in its own thread, because a hand-over to another thread
+                    costs more than the whole round trip; with a leader there it sleeps until it is done or promoted
+    read_for(entry) the same for who waits on a future, which gets finished without that, too: only where it helps
+    (background)    one thread sleeps on the workers' ends and, only while calls are pending and nobody leads, on the bell;
+                    it finishes futures that nobody waits on, and owns their deadlines
 
 ``_lock`` (the group's) guards the calls, ``_followers``, ``_armed`` and ``_wake_at``. Only the leader touches the reply
 rings. Futures are finished, and callbacks run, with neither the lock nor the lead held.
@@ -71,7 +71,7 @@ class Receiver:
         self._leader: dict[None, object] = {}  # who leads: taken by one `setdefault`, given up by one `pop`
         self._followers: deque[Entry] = deque()
         self._todo = answers.todo
-        self.is_answered = calls.is_answered
+        self.is_answered = calls.is_answered  # for `exec_mp._future`
         self._armed: bool | None = False  # the background thread listens to the bell
         self._wake_at = math.inf  # when the background thread wakes by itself
         self._stopped = False

@@ -140,10 +140,17 @@ class FutureContract(ContractBase):
         """A blocking call takes its turn behind futures that were sent before it."""
         future = executor.collective_rpc(workers.wait_at, args=(gate,), non_block=True)
         gate.entered(self.world())
-        opener = threading.Timer(0.02, gate.open)
+        opened: list[bool] = []
+
+        def open_gate() -> None:
+            opened.append(True)
+            gate.open()
+
+        opener = threading.Timer(0.02, open_gate)
         opener.start()
 
         assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
+        assert [True] == opened
         opener.join()
         assert self.world() == future.result(1.0)  # answered before, but another thread may be about to set it
 
