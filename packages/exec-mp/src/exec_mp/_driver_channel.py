@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import struct
@@ -25,7 +26,18 @@ from exec_mp._channel import (
     Header,
     rings,
 )
-from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
+from exec_mp._layout import (
+    BODY,
+    IN_ORDER,
+    MAY_USE_WORDS,
+    REPLY_HEAD,
+    REQUEST,
+    Geometry,
+    Shared,
+    fence,
+    reserve,
+    write_body,
+)
 from exec_mp._spread import processor
 
 Words = tuple[bytes, bytes]
@@ -74,6 +86,7 @@ class DriverChannel:
         self._words[self._sleep_word] = 1
         self.is_awake = False
         self._in_order = threading.Lock()  # taken for the locked instruction alone
+        self._waiter_word = shared.word(_layout.WAITER, min(remote_ranks, default=0))
         self.sent = 0
         self._word = self._numbers[0]  # where the number of the next one goes; likewise
         self._crowded_at = geometry.slots // 2  # requests, from when on it matters who has read how many; likewise
@@ -262,6 +275,27 @@ class DriverChannel:
         words, word = self._words, self._shared.word
         call_id, ready_ns = words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.READY_NS, rank)]
         return (0 if call_id <= words[word(_layout.ACKS, rank)] else call_id), ready_ns
+
+    def late(self, ranks: Sequence[int]) -> list[int]:
+        """Those of ``ranks`` that do nothing although there is a request that they have not read."""
+        words, word, sent = self._words, self._shared.word, self.sent
+        remote = [rank for rank in ranks if rank in self.bells]
+        return [
+            rank for rank in remote if words[word(_layout.REQUESTS_READ, rank)] < sent and not self.current(rank)[0]
+        ]
+
+    def waits(self, tid: int) -> None:
+        """Thread ``tid`` of this process waits for answers, and may be hurried by one rank; 0: none does."""
+        self._words[self._waiter_word] = tid and os.getpid() << 32 | tid
+
+    def free_moved(self) -> None:
+        """Lets a thread of this process use all its processors again if a rank died while it was moving it."""
+        for rank in self.remote_ranks:
+            at = self._shared.word(_layout.MAY_USE, rank)
+            tid, mask = self._words[at - 1], int.from_bytes(self._words[at : at + MAY_USE_WORDS].tobytes(), "little")
+            if tid:
+                with contextlib.suppress(OSError):  # the thread has ended
+                    os.sched_setaffinity(tid, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
 
     def stacks(self, rank: int) -> int:
         """Stack reports that ``rank`` has written."""

@@ -84,7 +84,14 @@ class ProcessGroup:
         )
         handlers = {**self._processes.handlers(), **outputs}
         self._receiver = Receiver(
-            channel, self._calls, self._lock, self._answers, handlers, settle=self._settle, broken=self._broken
+            channel,
+            self._calls,
+            self._lock,
+            self._answers,
+            handlers,
+            pids=parts.pids,
+            settle=self._settle,
+            broken=self._broken,
         )
 
     # Calls
@@ -345,6 +352,7 @@ class ProcessGroup:
             return self._calls.name_of(call_id) if call_id else None
 
     def _died(self, error: BaseException) -> None:
+        self._channel.free_moved()
         self._hooks.failed(error, lambda: self._fail_pending(error))
 
     def _broken(self, error: Exception) -> None:

@@ -4,11 +4,11 @@ One anonymous memfd holds everything::
 
     control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
 
-Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``DRIVER_SLEEPS`` and
-``DRIVER_CPU`` (one word for all), the rank for the others. ``ACKS`` and ``REPLIES`` of all ranks lie side by side, so that the
-driver looks at one slice to see all. What a rank writes with each call and the driver seldom reads lies in a place of the
-rank's own: two processors that write to one cache line take it from each other, which takes 30 to 170 ns each time. For the
-same reason a request without a body is one line.
+Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``WAITER``, and for
+``DRIVER_SLEEPS`` and ``DRIVER_CPU`` (one word for all), the rank for the others. ``ACKS`` and ``REPLIES`` of all ranks lie side
+by side, so that the driver looks at one slice to see all. What a rank writes with each call and the driver seldom reads lies in
+a place of the rank's own: two processors that write to one cache line take it from each other, which takes 30 to 170 ns each
+time. For the same reason a request without a body is one line.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from exec_core.errors import ExecutorError
 from exec_core.messages import NAME_BYTES, Part
 from exec_mp._arena import BLOCKS
 
-ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU = range(7)  # rows with one word per rank
-CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS = range(7, 11)  # in the rank's own place
-_ROWS = 7
+ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU, WAITER = range(8)  # rows with one word per rank
+CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS, MOVES, MAY_USE = range(
+    8, 14
+)  # in the rank's own place, the last one to its end
+_ROWS = 8
 _OWN_WORDS = 16  # of a rank; two lines, since processors fetch them in pairs
+MAY_USE_WORDS = _OWN_WORDS - (MAY_USE - _ROWS)
 # A request's header after number and masks: call id, kind, and the name, padded with zeros. Then, where there is a body, its
 # bytes, arena position (0: inline) and block.
 REQUEST, BODY = f"2Q{NAME_BYTES}s", struct.Struct("<3Q")
