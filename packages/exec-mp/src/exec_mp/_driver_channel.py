@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import struct
@@ -26,10 +25,10 @@ from exec_mp._channel import (
     Header,
     rings,
 )
+from exec_mp._hurry import DriverLine
 from exec_mp._layout import (
     BODY,
     IN_ORDER,
-    MAY_USE_WORDS,
     REPLY_HEAD,
     REQUEST,
     Geometry,
@@ -53,6 +52,7 @@ class DriverChannel:
     Attributes:
         is_awake: what `stay_awake` and `may_sleep` have said last.
         sent: requests published; written by the publishing thread.
+        line: who stands in line for a processor.
         glance: all answers' words as they are now. With nothing but acknowledgements of one call that is ``pack_id(call_id)``,
             as often as there are ranks, and `rest`.
         seen: of them, what has been dealt with; for the taking thread, as all that follows `publish` and its kin.
@@ -84,9 +84,9 @@ class DriverChannel:
         self._all_awake = bytes(len(self._sleeps))
         self._sleep_word, self._cpu_word = shared.word(_layout.DRIVER_SLEEPS, 0), shared.word(_layout.DRIVER_CPU, 0)
         self._words[self._sleep_word] = 1
+        self.line = DriverLine(shared, self.remote_ranks)
         self.is_awake = False
         self._in_order = threading.Lock()  # taken for the locked instruction alone
-        self._waiter_word = shared.word(_layout.WAITER, min(remote_ranks, default=0))
         self.sent = 0
         self._word = self._numbers[0]  # where the number of the next one goes; likewise
         self._crowded_at = geometry.slots // 2  # requests, from when on it matters who has read how many; likewise
@@ -275,27 +275,6 @@ class DriverChannel:
         words, word = self._words, self._shared.word
         call_id, ready_ns = words[word(_layout.CURRENT_CALL, rank)], words[word(_layout.READY_NS, rank)]
         return (0 if call_id <= words[word(_layout.ACKS, rank)] else call_id), ready_ns
-
-    def late(self, ranks: Sequence[int]) -> list[int]:
-        """Those of ``ranks`` that do nothing although there is a request that they have not read."""
-        words, word, sent = self._words, self._shared.word, self.sent
-        remote = [rank for rank in ranks if rank in self.bells]
-        return [
-            rank for rank in remote if words[word(_layout.REQUESTS_READ, rank)] < sent and not self.current(rank)[0]
-        ]
-
-    def waits(self, tid: int) -> None:
-        """Thread ``tid`` of this process waits for answers, and may be hurried by one rank; 0: none does."""
-        self._words[self._waiter_word] = tid and os.getpid() << 32 | tid
-
-    def free_moved(self) -> None:
-        """Lets a thread of this process use all its processors again if a rank died while it was moving it."""
-        for rank in self.remote_ranks:
-            at = self._shared.word(_layout.MAY_USE, rank)
-            tid, mask = self._words[at - 1], int.from_bytes(self._words[at : at + MAY_USE_WORDS].tobytes(), "little")
-            if tid:
-                with contextlib.suppress(OSError):  # the thread has ended
-                    os.sched_setaffinity(tid, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
 
     def stacks(self, rank: int) -> int:
         """Stack reports that ``rank`` has written."""

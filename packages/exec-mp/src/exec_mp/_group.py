@@ -352,7 +352,7 @@ class ProcessGroup:
             return self._calls.name_of(call_id) if call_id else None
 
     def _died(self, error: BaseException) -> None:
-        self._channel.free_moved()
+        self._channel.line.free_moved()
         self._hooks.failed(error, lambda: self._fail_pending(error))
 
     def _broken(self, error: Exception) -> None:

@@ -32,7 +32,7 @@ from time import monotonic
 from exec_mp._answers import Answers
 from exec_mp._calls import Calls, Entry
 from exec_mp._driver_channel import DriverChannel, Words
-from exec_mp._hurry import REQUEST_LATE_S, hurry, scarce
+from exec_mp._hurry import REQUEST_LATE_S, hurry
 from exec_mp._pace import Pace
 from exec_mp._poller import Handler, Poller
 from exec_mp._wakeup import Nudge, Wakeup
@@ -68,7 +68,7 @@ class Receiver:
     ) -> None:
         self._channel, self._calls, self._lock, self._answers = channel, calls, lock, answers
         self._settle, self._broken, self._pids = settle, broken, pids
-        self._scarce = scarce(channel.geometry.world_size)
+        self._watched = 0  # the call whose ranks were last looked at: whether they have begun it
         self._pace = Pace(channel.geometry.spin_s)  # of whoever leads
         whole = len(channel.remote_ranks) == channel.geometry.world_size
         self._remote = len(channel.remote_ranks) if whole else -1  # ranks of a call that all ranks can acknowledge
@@ -239,7 +239,7 @@ class Receiver:
                     self._sleep(entry, now, min(entry.due, until))
         finally:
             if pace.slept:
-                channel.waits(0)
+                channel.line.waits(0)
         if pace.slept:
             pace.came = monotonic()
         return True
@@ -261,13 +261,14 @@ class Receiver:
         if self._armed is not False:  # else the bell would wake the background thread as well
             with self._lock:
                 self._arm(on=False)
-        first, rest_s = not pace.slept, min(pace.rest(now), until - now)
-        if first and self._scarce:
-            channel.waits(get_native_id())
-            if rest_s > 2 * REQUEST_LATE_S:
+        rest_s = min(pace.rest(now), until - now)
+        if channel.line.scarce:
+            channel.line.waits(get_native_id())
+            if self._watched != entry.id and rest_s > 2 * REQUEST_LATE_S:
                 if channel.sleep(REQUEST_LATE_S):
                     rest_s = 0.0
                 else:
+                    self._watched = entry.id
                     self._hurry_late(entry)
                     rest_s -= monotonic() - now
         if rest_s > 0:
@@ -277,8 +278,9 @@ class Receiver:
 
     def _hurry_late(self, entry: Entry) -> None:
         """Ranks that have not begun ``entry`` by now may stand in line for a processor."""
-        for rank in self._channel.late(entry.ranks):
-            hurry(self._pids[rank], self._pids[rank])
+        for rank in self._channel.line.late(entry.ranks, self._channel.sent):
+            if pid := self._pids.get(rank):
+                hurry(pid, pid)
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:

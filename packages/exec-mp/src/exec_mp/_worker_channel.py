@@ -18,8 +18,8 @@ from exec_core.wrapper import DONE
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
 from exec_mp._channel import FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
-from exec_mp._hurry import ANSWER_LATE_S, hurry, scarce
-from exec_mp._layout import BODY, IN_ORDER, MAY_USE_WORDS, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
+from exec_mp._hurry import ANSWER_LATE_S, RankLine
+from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
 
@@ -34,6 +34,7 @@ class WorkerChannel:
 
     Attributes:
         is_answered: set for a request that is answered by `publish`, now or later.
+        line: where the driver may stand.
     """
 
     def __init__(self, fd: int, geometry: Geometry, rank: int, bell: int, driver_bell: int) -> None:
@@ -51,12 +52,12 @@ class WorkerChannel:
         self.is_answered = False
         self._read = self._replied = 0
         self._word = self._numbers[0]  # where the next request's number appears
-        self._at = {row: shared.word(row, rank) for row in range(_layout.MAY_USE + 1)}
+        self._at = {row: shared.word(row, rank) for row in range(_layout.STACKS + 1)}
         self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
         self._replies_read, self._sleeps = self._at[_layout.REPLIES_READ], self._at[_layout.SLEEPS]
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
-        self._scarce = scarce(size)
+        self.line = RankLine(shared, rank)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self._pace = Pace(geometry.spin_s)
         self._ring = geometry.replies(rank)
@@ -169,29 +170,15 @@ class WorkerChannel:
             else:
                 first, rest_s = not pace.slept, pace.rest(now)
                 # What this rank has answered last may lie there, while who waits for it stands in line for a processor.
-                if first and self._scarce and rest_s > 2 * ANSWER_LATE_S and words[self._at[_layout.WAITER]]:
+                if first and rest_s > 2 * ANSWER_LATE_S and self.line.is_watched():
                     if self._sleep(word, value, ANSWER_LATE_S):
                         continue
-                    self._hurry_driver()
+                    self.line.hurry_driver()
                     rest_s -= clock() - now
                 self._sleep(word, value, rest_s)
                 pace.woken(clock())
         if pace.slept:
             pace.came = clock()
-
-    def _hurry_driver(self) -> None:
-        """If it still waits for answers, and for a processor: after this long it has not taken one of this rank's."""
-        words, moves, may_use = self._words, self._at[_layout.MOVES], self._at[_layout.MAY_USE]
-        pid, tid = divmod(words[self._at[_layout.WAITER]], 1 << 32)
-
-        def moving(allowed: set[int]) -> None:
-            mask = sum(1 << cpu for cpu in allowed).to_bytes(8 * MAY_USE_WORDS, "little")
-            self._view[8 * may_use : 8 * may_use + len(mask)] = mask
-            words[moves] = tid
-
-        if tid:
-            hurry(pid, tid, moving)
-            words[moves] = 0
 
     def _sleep(self, word: int, value: int, timeout_s: float) -> bool:
         """Until the bell rings, or for ``timeout_s``. Whether the word has been reached by then, or the bell rang."""
