@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 from typing import Any
 
@@ -24,28 +26,37 @@ class VllmWorker(WorkerWrapperBase):  # type: ignore[misc] # vLLM has no types h
 
     def __init__(self, context: ec.WorkerContext, vllm_config: Any) -> None:
         super().__init__(rpc_rank=context.local_rank, global_rank=context.rank)
+        self._meeting = _init_method(context)
         if logging_config := getattr(vllm_config, "logging_config", None):
             configure_logging(logging_config)
         kwargs = {
             "vllm_config": vllm_config,
             "local_rank": context.local_rank,
             "rank": context.rank,
-            "distributed_init_method": _init_method(context),
+            "distributed_init_method": self._meeting,
             "is_driver_worker": context.rank % vllm_config.parallel_config.tensor_parallel_size == 0,
         }
         self.init_worker([kwargs] * context.world_size)  # of which it takes its own
 
     def load_model(self) -> None:
-        """Loads, and settles what vLLM decides then."""
+        """Loads, and settles what vLLM decides then. All ranks have met."""
+        self._unlink_shared_memory()
         self.worker.load_model()
         current_platform.update_block_size_for_backend(self.vllm_config)
         enable_envs_cache()
 
     def shutdown(self) -> None:
         """Ends the worker and leaves its process groups."""
+        self._unlink_shared_memory()
         super().shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
+
+    def _unlink_shared_memory(self) -> None:
+        """Takes the names from the segments that CPU ranks have mapped by now, so that none stays, whatever ends them."""
+        for path in glob.glob(f"/dev/shm/{os.path.basename(self._meeting)}*"):  # noqa: S108 # where Linux has them
+            with contextlib.suppress(FileNotFoundError):  # another rank was first
+                os.unlink(path)
 
 
 def _init_method(context: ec.WorkerContext) -> str:

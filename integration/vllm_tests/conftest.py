@@ -104,3 +104,4 @@ def start(checkpoint: str, tmp_path: Path) -> Iterator[Callable[..., Program]]:
     for program in started:
         program.process.kill()
         program.process.wait()
+    assert not list(Path("/dev/shm").glob("world-exec-*"))  # noqa: S108 # only listed
