@@ -224,6 +224,8 @@ def test_the_driver_hurries_ranks_that_have_not_begun(launch: Launch, monkeypatc
     pids = [worker.pid for worker in executor.workers]
     executor.collective_rpc(lambda worker: worker.context.rank)
     hurried.clear()
+    channel = executor._group._channel  # type: ignore[union-attr] # ours
+    eventually(lambda: channel.current(1)[0] == 0)  # its answer comes before it says so
     os.kill(pids[1], signal.SIGSTOP)
     eventually(lambda: state(pids[1]) == "T")
     threading.Timer(0.1, os.kill, (pids[1], signal.SIGCONT)).start()

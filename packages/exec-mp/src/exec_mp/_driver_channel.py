@@ -26,17 +26,7 @@ from exec_mp._channel import (
     rings,
 )
 from exec_mp._hurry import DriverLine
-from exec_mp._layout import (
-    BODY,
-    IN_ORDER,
-    REPLY_HEAD,
-    REQUEST,
-    Geometry,
-    Shared,
-    fence,
-    reserve,
-    write_body,
-)
+from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
 from exec_mp._spread import processor
 
 Words = tuple[bytes, bytes]

@@ -30,9 +30,8 @@ from exec_core.messages import NAME_BYTES, Part
 from exec_mp._arena import BLOCKS
 
 ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU, WAITER = range(8)  # rows with one word per rank
-CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS, MOVES, MAY_USE = range(
-    8, 14
-)  # in the rank's own place, the last one to its end
+# In the rank's own place, the last one to its end.
+CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS, MOVES, MAY_USE = range(8, 14)
 _ROWS = 8
 _OWN_WORDS = 16  # of a rank; two lines, since processors fetch them in pairs
 MAY_USE_WORDS = _OWN_WORDS - (MAY_USE - _ROWS)

@@ -168,14 +168,15 @@ class WorkerChannel:
             if now < pace.spin_until:
                 give_way()
             else:
-                first, rest_s = not pace.slept, pace.rest(now)
+                first, rest_s, comes = not pace.slept, pace.rest(now), False
                 # What this rank has answered last may lie there, while who waits for it stands in line for a processor.
                 if first and rest_s > 2 * ANSWER_LATE_S and self.line.is_watched():
-                    if self._sleep(word, value, ANSWER_LATE_S):
-                        continue
-                    self.line.hurry_driver()
-                    rest_s -= clock() - now
-                self._sleep(word, value, rest_s)
+                    comes = self._sleep(word, value, ANSWER_LATE_S)
+                    if not comes:
+                        self.line.hurry_driver()
+                        rest_s -= clock() - now
+                if not comes:
+                    self._sleep(word, value, rest_s)
                 pace.woken(clock())
         if pace.slept:
             pace.came = clock()
