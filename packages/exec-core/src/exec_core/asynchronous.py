@@ -12,6 +12,9 @@ from typing import Any
 from exec_core.calls import Call
 from exec_core.errors import ExecutorBusyError, RpcTimeoutError
 
+Submit = Callable[[Call, bool], Future[Any]]
+"""``submit(call, wait)``, see `exec_core.group.WorkerGroup.submit`."""
+
 _LOOK_AGAIN_S = 0.005  # a reader that skips ahead in a full ring is not announced, unlike a call that ends
 
 
@@ -73,25 +76,26 @@ class _Place:
         self._woken.clear()
 
 
-async def awaited(submit: Callable[[Call, bool], Future[Any]], call: Call, room: Room) -> Any:
-    """The value of ``call``, submitted by ``submit(call, wait=False)`` as soon as there is room.
+async def awaited(submit: Submit, call: Call, room: Room) -> Any:
+    """The value of ``call``, see `submitted`."""
+    return await awaited_future(await submitted(submit, call, room))
+
+
+async def submitted(submit: Submit, call: Call, room: Room) -> Future[Any]:
+    """The future of ``call``, submitted by ``submit(call, wait=False)`` as soon as there is room.
 
     Raises:
         RpcTimeoutError: when there was none before the call's deadline.
     """
     if not room.line:
-        future = None
         with contextlib.suppress(ExecutorBusyError):
-            future = submit(call, False)
-        if future is not None:
-            return await awaited_future(future)
+            return submit(call, False)
     place, why = room.enter(), "earlier calls wait for room"
     try:
         while True:
             if room.is_first(place):
                 try:
-                    future = submit(call, False)
-                    break
+                    return submit(call, False)
                 except ExecutorBusyError as busy:
                     why = str(busy)
             remaining = call.deadline - time.monotonic()
@@ -100,7 +104,6 @@ async def awaited(submit: Callable[[Call, bool], Future[Any]], call: Call, room:
             await place.wait(min(remaining, _LOOK_AGAIN_S))
     finally:
         room.leave(place)
-    return await awaited_future(future)
 
 
 async def awaited_future(future: Future[Any]) -> Any:

@@ -23,6 +23,7 @@ class Call(Request):
         timeout_s, deadline: limit in seconds, and when that is on the monotonic clock (infinity for no limit).
         max_concurrent: at most so many ranks run it at a time; None: all.
         aggregate: applied once to the list of values.
+        resident: it runs until another call ends it. It takes no place among the calls in flight, and its ranks keep nobody back.
         failure: set when a rank has failed, before its error is raised.
     """
 
@@ -32,6 +33,7 @@ class Call(Request):
     deadline: float = math.inf
     max_concurrent: int | None = None
     aggregate: Callable[[list[Any]], Any] | None = None
+    resident: bool = False
     failure: Failure | None = None
 
     __eq__ = object.__eq__  # two calls are two, whatever they say

@@ -10,9 +10,10 @@ step has.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from exec_core.errors import ExecutorBusyError
 if TYPE_CHECKING:
     from exec_core.executor import Executor
 
+_DRIVE = "drive_execution_loop"
 _REMEDY = "call stop_remote_worker_execution_loop() first"
 
 
@@ -45,8 +47,12 @@ class ExecutionLoop:
         if looping := [rank for rank in ranks if rank in self._inside]:
             raise self._busy(method, f"ranks {looping} are in the execution loop")
 
-    def _busy(self, method: str, why: str) -> ExecutorBusyError:
-        return ExecutorBusyError(method, why, len(self._inside), self._executor.config.max_in_flight, _REMEDY)
+    def holds(self, rank: int) -> bool:
+        """Whether ``rank`` is in the loop."""
+        return rank in self._inside
+
+    def _busy(self, method: str, why: str, remedy: str = _REMEDY) -> ExecutorBusyError:
+        return ExecutorBusyError(method, why, len(self._inside), self._executor.config.max_in_flight, remedy)
 
     def start(self) -> Future[Any]:
         """Sends the ranks that are no TP drivers into the loop; the future is done when all have left it."""
@@ -98,36 +104,74 @@ class ExecutionLoop:
         elif len(left) == total and not ended.done():
             ended.set_result([None] * total)
 
-    def step(self, request: Any) -> Future[Any]:
-        """Sends one step to the drivers; None ends the loop, and is done when all ranks have left it."""
-        executor, step = self._executor, Future[Any]()
+    def step(self, request: Any) -> Future[Any] | None:
+        """Sends one step to the drivers; None ends the loop, and is done when all ranks have left it.
+
+        Returns:
+            None: the loop does not run, and nothing was sent.
+
+        Raises:
+            ExecutorBusyError: it is being ended; who wants that as well, gets the same future.
+        """
+        step, is_new = self._begin(request)
+        if step is not None and is_new:
+            with self._sending(step):
+                driven = self._executor.submit_step(_DRIVE, request, self._drivers)
+            self._sent(step, request, driven)
+        return step
+
+    async def step_async(self, request: Any) -> Future[Any] | None:
+        """`step`, for which room is awaited."""
+        step, is_new = self._begin(request)
+        if step is not None and is_new:
+            with self._sending(step):
+                driven = await self._executor.submit_step_async(_DRIVE, request, self._drivers)
+            self._sent(step, request, driven)
+        return step
+
+    @property
+    def _drivers(self) -> range:
+        return range(0, self._executor.world_size, self._executor.config.parallel.tensor_parallel_size)
+
+    def _begin(self, request: Any) -> tuple[Future[Any] | None, bool]:
+        """A step, and whether it is to be sent."""
+        step = Future[Any]()
         step.set_running_or_notify_cancel()
         with self._lock:
-            error = self._error if self.running and request is not None else None
-            running = self.running and self._stop is None
-            if running and error is None:
+            if not self.running:
+                return None, False
+            if self._stop is not None:
+                if request is None:
+                    return self._stop, False
+                raise self._busy("execute_model", "the execution loop is being ended", "wait until it has ended")
+            error = self._error if request is not None else None
+            if error is None:
                 self._steps.add(step)
                 self._stop = step if request is None else None
-            self._raised = self._raised or error is not None
+            else:
+                self._raised = True
         if error is not None:
             raise error
-        if not running:
-            step.set_result(None)
-            return step
-        size = executor.config.parallel.tensor_parallel_size
+        return step, True
+
+    @contextlib.contextmanager
+    def _sending(self, step: Future[Any]) -> Iterator[None]:
+        """An exception means that it was not sent."""
         try:
-            driven = executor.submit_step("drive_execution_loop", request, range(0, executor.world_size, size))
+            yield
         except BaseException:
             with self._lock:
                 self._steps.discard(step)
-                self._stop = None
+                if self._stop is step:
+                    self._stop = None
             raise
+
+    def _sent(self, step: Future[Any], request: Any, driven: Future[Any]) -> None:
         if request is None:
             for rank, inside in list(self._inside.items()):
                 if inside.done() and inside.exception() is not None:  # without an error it has had its None already
                     self._enter_again(rank, inside)
         driven.add_done_callback(functools.partial(self._driven, step))
-        return step
 
     def _driven(self, step: Future[Any], driven: Future[Any]) -> None:
         """The drivers have run a step."""

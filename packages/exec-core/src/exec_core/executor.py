@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
-from exec_core.asynchronous import awaited, awaited_future
+from exec_core.asynchronous import awaited, awaited_future, submitted
 from exec_core.base import BaseExecutor, OnProgress
 from exec_core.calls import Call
 from exec_core.config import ExecutorConfig
@@ -60,8 +60,7 @@ class Executor(BaseExecutor):
         While the execution loop runs, only the TP drivers are called, and hand the step to their groups; None stops
         the loop.
         """
-        if self._loop.running:
-            step = self._loop.step(request)
+        if self._loop.running and (step := self._loop.step(request)) is not None:
             return step if non_block else step.result()
         call = self._step_call("execute_model", request, None)
         return self._submit(call, wait=True) if non_block else self._run(call)
@@ -70,9 +69,13 @@ class Executor(BaseExecutor):
         """`execute_model` by another name, on some ranks only; for the execution loop."""
         return self._submit(self._step_call(method, request, ranks), wait=True)
 
+    async def submit_step_async(self, method: str, request: Any, ranks: Sequence[int]) -> Future[Any]:
+        """`submit_step`, which awaits room."""
+        return await submitted(self._submit, self._step_call(method, request, ranks), self._room)
+
     def enter_loop(self, rank: int) -> Future[Any]:
         """Sends one rank into the execution loop, past the check that keeps other calls from such ranks."""
-        call = self._call_type("start_worker_execution_loop", wants_value=False, ranks=(rank,))
+        call = self._call_type("start_worker_execution_loop", wants_value=False, ranks=(rank,), resident=True)
         return self._submit(call, wait=True)
 
     def check_open(self, method: str) -> None:
@@ -95,7 +98,8 @@ class Executor(BaseExecutor):
 
     def stop_remote_worker_execution_loop(self) -> None:
         """Ends the loop, if it runs, and raises what a rank raised in it."""
-        self._loop.step(None).result()
+        if (end := self._loop.step(None)) is not None:
+            end.result()
 
     def determine_num_available_blocks(self) -> tuple[int, int]:
         """KV blocks that fit on every rank: ``(num_gpu_blocks, num_cpu_blocks)``, the minimum over the ranks."""
@@ -169,7 +173,8 @@ class Executor(BaseExecutor):
     def check_health(self) -> None:
         """Raises when a rank is dead, in a call that has timed out, or in one call for longer than ``stuck_after_s``.
 
-        It reads what the ranks say of themselves and never queues behind their work.
+        A rank in the execution loop is not stuck: its TP driver is, if a step is. It reads what the ranks say of
+        themselves and never queues behind their work.
 
         Raises:
             ExecutorFailedError, ExecutorClosedError: it is not running.
@@ -177,8 +182,8 @@ class Executor(BaseExecutor):
         """
         self._lifecycle.check_open("check_health")
         limit = self._config.rpc.stuck_after_s
-        infos = self.workers
-        stuck = [w for w in infos if w.timed_out or (limit is not None and w.busy_s > limit)]
+        infos, loop = self.workers, self._loop
+        stuck = [w for w in infos if w.timed_out or (limit is not None and w.busy_s > limit and not loop.holds(w.rank))]
         if stuck:
             fine = [w.rank for w in infos if w not in stuck]
             longest = max(stuck, key=lambda worker: worker.busy_s)
@@ -193,8 +198,8 @@ class Executor(BaseExecutor):
 
     async def execute_model_async(self, request: Any) -> Any:
         """`execute_model`, awaited. Several may be in flight; each rank runs them in the order of the calls."""
-        if self._loop.running:
-            return await awaited_future(self._loop.step(request))
+        if self._loop.running and (step := await self._loop.step_async(request)) is not None:
+            return await awaited_future(step)
         return await awaited(self._submit, self._step_call("execute_model", request, None), self._room)
 
     async def check_health_async(self) -> None:
@@ -203,7 +208,8 @@ class Executor(BaseExecutor):
 
     async def stop_remote_worker_execution_loop_async(self) -> None:
         """`stop_remote_worker_execution_loop`, awaited."""
-        await awaited_future(self._loop.step(None))
+        if (end := await self._loop.step_async(None)) is not None:
+            await awaited_future(end)
 
 
 def _only(values: list[Any]) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -30,6 +31,7 @@ DEATH_GRACE_S = 0.02  # an error reply waits so long for a death: a victim's pee
 _NO_VALUES: dict[int, Any] = {}
 _NO_FAILURES: list[Failure] = []
 _NOT_GATED: list[int] = []
+_is_resident = operator.attrgetter("resident")
 
 
 @attrs.define(eq=False)
@@ -119,8 +121,10 @@ class Calls:
 
         A call that runs on few ranks at a time needs the same serialising as the other methods.
         """
-        if len(self.in_flight) >= self.max_in_flight:
-            return False
+        if len(self.in_flight) >= self.max_in_flight and not entry.resident:
+            residents = sum(map(_is_resident, list(self.in_flight.values())))
+            if len(self.in_flight) - residents >= self.max_in_flight:
+                return False
         if entry.max_concurrent is not None and entry.max_concurrent < len(entry.ranks):
             entry.ungated = list(entry.ranks)
             self.gated.append(entry)

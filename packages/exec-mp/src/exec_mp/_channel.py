@@ -20,6 +20,8 @@ Who writes what, in which order:
 * Who is going to sleep says so in ``SLEEPS`` or ``DRIVER_SLEEPS``, and looks once more. Between the two, as between a
   writer's number and its look at that word, stands a locked instruction (an uncontended lock's), or a system call: so at
   least one of them sees the other, and nobody sleeps through a message.
+* A rank that is to run an `AWAY` request reads nothing until there is another one for it, whose number is then in its ``REJOIN``
+  word: the slots between are used again without it.
 * A writer killed between the two stores leaves a slot without its number: the message was never sent.
 """
 
@@ -36,8 +38,8 @@ SPIN_S = 200e-6  # "auto": catches a prompt answer; see `exec_mp._pace` for what
 
 NOTHING = Encoded((), 0, Format.NONE)
 EXIT = 0  # instead of a call's id: leave
-GATED, SPREAD, ONE_READER = 1, 2, 4  # flags in the kind of a request; the last one only where there is a body
-FORMAT_SHIFT = 3  # the body's format is above them
+GATED, SPREAD, AWAY, ONE_READER = 1, 2, 4, 8  # flags in the kind of a request; the last one only where there is a body
+FORMAT_SHIFT = 4  # the body's format is above them
 REPLY_FIELDS = struct.Struct("<7Q")  # call id, status, format, body bytes, arena position, block, time in ns
 LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
 _FD_SETSIZE = 1024  # select(2) knows no higher descriptors; poll(2), as Python calls it, counts in milliseconds

@@ -14,6 +14,7 @@ from exec_core.messages import Encoded
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
 from exec_mp._channel import (
+    AWAY,
     EXIT,
     FORMAT_SHIFT,
     LIMITS,
@@ -72,6 +73,9 @@ class DriverChannel:
         sleeps = 8 * shared.word(_layout.SLEEPS, 0)
         self._sleeps = shared.view[sleeps : sleeps + 8 * geometry.row]
         self._all_awake = bytes(len(self._sleeps))
+        self._rejoin_word = shared.word(_layout.REJOIN, 0)
+        self._away: frozenset[int] = frozenset()  # ranks that read no requests until there is another one for them
+        self._left_at: dict[int, int] = {}  # of such a rank: requests it reads before
         self._sleep_word, self._cpu_word = shared.word(_layout.DRIVER_SLEEPS, 0), shared.word(_layout.DRIVER_CPU, 0)
         self._words[self._sleep_word] = 1
         self.line = DriverLine(shared, self.remote_ranks)
@@ -113,7 +117,8 @@ class DriverChannel:
         """Sends one request to ``ranks``, whose number is what `sent` was before. False while there is no room.
 
         Args:
-            kind: GATED if a rank is to start the call only when `open_gate` says so.
+            kind: GATED if a rank is to start the call only when `open_gate` says so; AWAY if others may be sent any number of
+                requests while the call runs.
             yields: gives the processor away at once: a rank may be looking for the request, on this very one.
         """
         number, word = self.sent, self._word
@@ -127,12 +132,13 @@ class DriverChannel:
                 return False
             kind |= described
         if ranks is not self._ranks or reply_ranks is not self._reply_ranks:
-            self._mask = self._masked(ranks, reply_ranks)
-            self._ranks, self._reply_ranks = ranks, reply_ranks
+            self._address(ranks, reply_ranks, number, kind)
         self._request(self._view, 8 * word + 8, self._mask, call_id, kind, name)
         if not IN_ORDER:
             fence()
-        self.sent = self._words[word] = number + 1  # Ctrl-C comes after calls only, so not before the next line
+        self.sent = self._words[word] = number + 1  # Ctrl-C comes after calls only, so not before the next lines
+        if kind and kind & AWAY:
+            self._away, self._ranks = self._away | {*ranks}, ()
         self._word = self._numbers[(number + 1) % self._slots]
         if yields:
             sched_yield()  # a system call orders memory as well
@@ -143,11 +149,29 @@ class DriverChannel:
             self._wake(sleeps, ranks)
         return True
 
+    def _address(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...], number: int, kind: int) -> None:
+        """Request ``number`` is for other ranks than the one before, or may be."""
+        self._mask = self._masked(ranks, reply_ranks)
+        self._ranks, self._reply_ranks = ranks, reply_ranks
+        if self._away:
+            self._rejoin(ranks, number)
+            self._ranks = ()  # asked again with each request
+        if kind & AWAY:
+            self._left_at.update(dict.fromkeys(ranks, number + 1))
+
+    def _rejoin(self, ranks: tuple[int, ...], number: int) -> None:
+        """Those of ``ranks`` that are away go on with request ``number`` as soon as they have run what they are in."""
+        for rank in self._away.intersection(ranks):
+            self._words[self._rejoin_word + rank] = (
+                number + 1
+            )  # no call before the next line: Ctrl-C finds both done, or none
+            self._away = self._away - {rank}
+
     def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
         """Rings the bells of those of ``ranks`` that sleep."""
         sleeping = self._by_rank.unpack_from(sleeps)
         # Those whom the request is not for must read past it soon, too, once it matters who has read how many.
-        for rank in self.remote_ranks if self.sent > self._crowded_at else ranks:
+        for rank in self._readers() if self.sent > self._crowded_at else ranks:
             if sleeping[rank]:
                 self._spread_at = self.sent + _BURST
                 os.eventfd_write(self.bells[rank], 1)
@@ -193,10 +217,21 @@ class DriverChannel:
             self._masks[ranks, reply_ranks] = mask
         return mask
 
+    def _readers(self) -> list[int]:
+        """Ranks that read each request, be it for them or not; also who has not come to the one that lets him go."""
+        return [
+            rank for rank in self.remote_ranks if rank not in self._away or self._read_by(rank) < self._left_at[rank]
+        ]
+
+    def _read_by(self, rank: int) -> int:
+        """Requests that ``rank`` has read, or never will."""
+        words = self._words
+        read: int = max(words[self._shared.word(_layout.REQUESTS_READ, rank)], words[self._rejoin_word + rank] - 1)
+        return read
+
     def _count_read(self) -> int:
-        """Requests that all ranks have read."""
-        word = self._shared.word
-        read: int = min(self._words[word(_layout.REQUESTS_READ, rank)] for rank in self.remote_ranks)
+        """Requests that all ranks have read, or will not."""
+        read = min(map(self._read_by, self._readers()), default=self.sent)
         self._crowded_at = read + self._slots // 2
         return read
 

@@ -38,7 +38,7 @@ from exec_core.messages import Failure, Reply
 from exec_core.wrapper import WorkerWrapper
 from exec_mp._answers import Answers
 from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
-from exec_mp._channel import GATED
+from exec_mp._channel import AWAY, GATED
 from exec_mp._future import CallFuture, tell
 from exec_mp._parts import Hooks, Parts
 from exec_mp._poller import Handler
@@ -155,7 +155,7 @@ class ProcessGroup:
             raise
         return future
 
-    def _send(self, call: Entry, wait: bool) -> None:
+    def _send(self, call: Entry, wait: bool) -> None:  # noqa: C901 # in one: the way of every call
         """Returns when ``call`` has been sent to all its ranks."""
         calls, channel, inline = self._calls, self._channel, self._inline
         ranks = call.ranks if inline is None else tuple(rank for rank in call.ranks if rank != 0)
@@ -172,7 +172,10 @@ class ProcessGroup:
                     if has_room and ranks:
                         call.number, kind = channel.sent, GATED if call.ungated else 0
                         call.sent_at = monotonic()
-                        alone = call.future is None or len(calls.in_flight) == 1  # else it is one of many to be sent
+                        alone = call.future is None
+                        if not alone:
+                            alone = len(calls.in_flight) == 1  # else it is one of many to be sent
+                            kind |= AWAY if call.resident else 0
                         has_room = channel.publish(call.id, name, body, ranks, call.reply_ranks, kind, yields=alone)
                     if has_room:
                         if inline is not None and 0 in call.ranks:
@@ -352,7 +355,6 @@ class ProcessGroup:
             return self._calls.name_of(call_id) if call_id else None
 
     def _died(self, error: BaseException) -> None:
-        self._channel.line.free_moved()
         self._hooks.failed(error, lambda: self._fail_pending(error))
 
     def _broken(self, error: Exception) -> None:

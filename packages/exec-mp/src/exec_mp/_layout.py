@@ -4,8 +4,8 @@ One anonymous memfd holds everything::
 
     control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
 
-Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``WAITER``, and for
-``DRIVER_SLEEPS`` and ``DRIVER_CPU`` (one word for all), the rank for the others. ``ACKS`` and ``REPLIES`` of all ranks lie side
+Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``REJOIN``, ``HURRIED``, ``WAITER``, and
+for ``DRIVER_SLEEPS`` and ``DRIVER_CPU`` (one word for all), the rank for the others. ``ACKS`` and ``REPLIES`` of all ranks lie side
 by side, so that the driver looks at one slice to see all. What a rank writes with each call and the driver seldom reads lies in
 a place of the rank's own: two processors that write to one cache line take it from each other, which takes 30 to 170 ns each
 time. For the same reason a request without a body is one line.
@@ -29,10 +29,11 @@ from exec_core.errors import ExecutorError
 from exec_core.messages import NAME_BYTES, Part
 from exec_mp._arena import BLOCKS
 
-ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU, WAITER = range(8)  # rows with one word per rank
+# Rows with one word per rank.
+ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU, WAITER, REJOIN, HURRIED = range(10)
 # In the rank's own place, the last one to its end.
-CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS, MOVES, MAY_USE = range(8, 14)
-_ROWS = 8
+CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS, IN_LINE, MOVES, MAY_USE = range(10, 17)
+_ROWS = 10
 _OWN_WORDS = 16  # of a rank; two lines, since processors fetch them in pairs
 MAY_USE_WORDS = _OWN_WORDS - (MAY_USE - _ROWS)
 # A request's header after number and masks: call id, kind, and the name, padded with zeros. Then, where there is a body, its

@@ -32,7 +32,7 @@ from time import monotonic
 from exec_mp._answers import Answers
 from exec_mp._calls import Calls, Entry
 from exec_mp._driver_channel import DriverChannel, Words
-from exec_mp._hurry import REQUEST_LATE_S, hurry
+from exec_mp._hurry import REQUEST_LATE_S
 from exec_mp._pace import Pace
 from exec_mp._poller import Handler, Poller
 from exec_mp._wakeup import Nudge, Wakeup
@@ -238,8 +238,8 @@ class Receiver:
                 else:
                     self._sleep(entry, now, min(entry.due, until))
         finally:
-            if pace.slept:
-                channel.line.waits(0)
+            if pace.slept and channel.line.scarce:
+                channel.line.goes_on(get_native_id())
         if pace.slept:
             pace.came = monotonic()
         return True
@@ -280,7 +280,7 @@ class Receiver:
         """Ranks that have not begun ``entry`` by now may stand in line for a processor."""
         for rank in self._channel.line.late(entry.ranks, self._channel.sent):
             if pid := self._pids.get(rank):
-                hurry(pid, pid)
+                self._channel.line.hurry(rank, pid)
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:

@@ -17,14 +17,14 @@ from exec_core.messages import Encoded, Reply
 from exec_core.wrapper import DONE
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._channel import FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
-from exec_mp._hurry import ANSWER_LATE_S, RankLine
+from exec_mp._channel import AWAY, FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
+from exec_mp._hurry import ANSWER_LATE_S, LOOKS, RankLine
 from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
 
 _OF_EACH_CALL = _layout.ACKS, _layout.CURRENT_CALL, _layout.READY_NS, _layout.REQUESTS_READ
-_ORDERS = GATED | SPREAD  # what a request's kind may say beside what body it has, which stands above
+_ORDERS = GATED | SPREAD | AWAY  # what a request's kind may say beside what body it has, which stands above
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
@@ -55,6 +55,7 @@ class WorkerChannel:
         self._at = {row: shared.word(row, rank) for row in range(_layout.STACKS + 1)}
         self._position, self._replies = self._at[_layout.REQUESTS_READ], self._at[_layout.REPLIES]
         self._replies_read, self._sleeps = self._at[_layout.REPLIES_READ], self._at[_layout.SLEEPS]
+        self._rejoin = shared.word(_layout.REJOIN, rank)
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
         self.line = RankLine(shared, rank)
@@ -68,7 +69,7 @@ class WorkerChannel:
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
 
-    def requests(  # noqa: C901, PLR0912 # in one: the way of every call
+    def requests(  # noqa: C901, PLR0912, PLR0915 # in one: the way of every call
         self, run_bare: Callable[[str], Reply], unsettled: Collection[int]
     ) -> Iterator[Incoming]:
         """The requests for this rank, which it is shown to be in, until it is to leave. Skips those for others.
@@ -115,7 +116,9 @@ class WorkerChannel:
                     self._word, self._read = word, read
                     yield call_id, name, wants & bit, reply
                     del reply  # what it holds does not outlive the call
-            if self.is_answered:
+            if kind and kind & AWAY:
+                word, read = self._come_back(call_id, read)
+            elif self.is_answered:
                 self.is_answered = False
                 words[current] = 0
             else:
@@ -129,6 +132,26 @@ class WorkerChannel:
                 self._ring_driver()
             if words[word] > read:
                 words[ready] = monotonic_ns()  # the next one begins now, not when it was sent
+
+    def _come_back(self, call_id: int, read: int) -> tuple[int, int]:
+        """Ends a call during which others went on, and waits for the next request for this rank.
+
+        Returns:
+            The word of that one's number, and how many there are before it.
+        """
+        words = self._words
+        if self.is_answered:
+            self.is_answered = False
+            words[self._at[_layout.CURRENT_CALL]] = 0
+        else:
+            if not IN_ORDER:
+                fence()
+            words[self._at[_layout.ACKS]] = call_id
+        self._ring_driver()
+        self._await(self._rejoin, read + 1)
+        self._read = read = words[self._rejoin] - 1
+        words[self._position], self._word = read, self._numbers[read % self._slots]
+        return self._word, read
 
     def _obey(self, kind: int, number: int) -> None:
         """Before a request is run."""
@@ -168,18 +191,30 @@ class WorkerChannel:
             if now < pace.spin_until:
                 give_way()
             else:
-                first, rest_s, comes = not pace.slept, pace.rest(now), False
-                # What this rank has answered last may lie there, while who waits for it stands in line for a processor.
-                if first and rest_s > 2 * ANSWER_LATE_S and self.line.is_watched():
-                    comes = self._sleep(word, value, ANSWER_LATE_S)
-                    if not comes:
-                        self.line.hurry_driver()
-                        rest_s -= clock() - now
-                if not comes:
-                    self._sleep(word, value, rest_s)
+                first, until, comes = not pace.slept, now + pace.rest(now), False
+                self.line.waits()
+                if first and until - now > 2 * ANSWER_LATE_S:
+                    comes = self._look_after_driver(word, value, until)
+                    now = clock()
+                if not comes and until > now:
+                    self._sleep(word, value, until - now)
                 pace.woken(clock())
         if pace.slept:
+            self.line.goes_on()
             pace.came = clock()
+
+    def _look_after_driver(self, word: int, value: int, until: float) -> bool:
+        """What was answered last may lie there, while who waits for it stands in line for a processor. As `_sleep`."""
+        line = self.line
+        for look in range(LOOKS):
+            if not line.is_watched() or until - time.monotonic() < 2 * ANSWER_LATE_S:
+                return False
+            if self._sleep(word, value, ANSWER_LATE_S):
+                return True
+            if look == LOOKS - 1 or not line.others_answer():
+                line.hurry_driver()
+                return False
+        return False
 
     def _sleep(self, word: int, value: int, timeout_s: float) -> bool:
         """Until the bell rings, or for ``timeout_s``. Whether the word has been reached by then, or the bell rang."""

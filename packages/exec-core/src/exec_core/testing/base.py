@@ -75,6 +75,12 @@ class ContractBase:
         """Ranks in processes of their own."""
         return [rank for rank in cls.world() if rank not in cls.local_ranks]
 
+    def steps(self, executor: Executor) -> list[list[Any]]:
+        """What each rank was given to execute; forgotten after this."""
+        entries = executor.collective_rpc("entries", args=("step",))
+        executor.collective_rpc(lambda worker: worker.journal.clear())
+        return [[request for _, request in of_rank] for of_rank in entries]
+
     @classmethod
     def parallel_with(cls, **changes: Any) -> ParallelConfig:
         """`parallel` with ``changes``."""

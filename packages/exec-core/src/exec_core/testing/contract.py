@@ -9,6 +9,7 @@ from exec_core.testing.environment import EnvironmentContract
 from exec_core.testing.failures import FailureContract
 from exec_core.testing.futures import FutureContract
 from exec_core.testing.lifecycle import LifecycleContract
+from exec_core.testing.loop import LoopContract
 from exec_core.testing.start import StartContract
 from exec_core.testing.values import ValueContract
 
@@ -20,6 +21,7 @@ class ExecutorContract(
     FutureContract,
     DeadlineContract,
     EngineContract,
+    LoopContract,
     LifecycleContract,
     StartContract,
     EnvironmentContract,

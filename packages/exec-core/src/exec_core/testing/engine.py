@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from exec_core.config import CacheConfig
-from exec_core.errors import ConfigError, ExecutorBusyError
+from exec_core.errors import ConfigError
 from exec_core.executor import Executor
 from exec_core.testing import workers
-from exec_core.testing.base import GROUPS, ContractBase, Start
+from exec_core.testing.base import ContractBase, Start
 from exec_core.testing.sync import Gate
 
 torch = pytest.importorskip("torch")
@@ -22,16 +22,6 @@ torch = pytest.importorskip("torch")
 
 class EngineContract(ContractBase):
     """What an inference engine asks of an executor."""
-
-    def drivers(self) -> list[int]:
-        """First rank of each tensor-parallel group."""
-        return self.world()[:: self.parallel.tensor_parallel_size]
-
-    def steps(self, executor: Executor) -> list[list[Any]]:
-        """What each rank was given to execute; forgotten after this."""
-        entries = executor.collective_rpc("entries", args=("step",))
-        executor.collective_rpc(lambda worker: worker.journal.clear())
-        return [[request for _, request in of_rank] for of_rank in entries]
 
     # Steps
 
@@ -91,73 +81,6 @@ class EngineContract(ContractBase):
 
         with pytest.raises(NotImplementedError, match="Worker does not implement execute_model"):
             start(Worker).execute_model("r")
-
-    # The execution loop
-
-    def test_execution_loop(self, executor: Executor) -> None:
-        """While the loop runs, a step is sent to the TP drivers only and still reaches every rank; stopping it ends it."""
-        self.steps(executor)
-        ended = executor.start_worker_execution_loop()
-        values = [executor.execute_model(n) for n in range(3)]
-        executor.stop_remote_worker_execution_loop()
-
-        assert [(executor.output_rank, n) for n in range(3)] == values
-        ended.result(30)
-        assert [[0, 1, 2]] * len(self.world()) == self.steps(executor)
-        assert (executor.output_rank, "after") == executor.execute_model("after")
-
-    def test_execution_loop_in_asyncio(self, executor: Executor) -> None:
-        """Steps and the end of the loop can be awaited."""
-
-        async def main() -> Any:
-            executor.start_worker_execution_loop()
-            values = await asyncio.gather(*(executor.execute_model_async(n) for n in range(3)))
-            await executor.stop_remote_worker_execution_loop_async()
-            return values
-
-        assert [(executor.output_rank, n) for n in range(3)] == asyncio.run(main())
-
-    def test_none_ends_the_execution_loop(self, executor: Executor) -> None:
-        """A step of None ends the loop, as stopping it does."""
-        ended = executor.start_worker_execution_loop()
-
-        assert executor.execute_model(None) is None
-        ended.result(30)
-        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
-
-    def test_stopping_without_a_loop_is_fine(self, executor: Executor) -> None:
-        """Without a loop there is nothing to stop."""
-        executor.stop_remote_worker_execution_loop()
-        asyncio.run(executor.stop_remote_worker_execution_loop_async())
-
-    def test_call_to_a_looping_rank_is_refused(self, executor: Executor) -> None:
-        """A call to a rank that is in the loop would wait for its end, and is refused; the drivers can be called."""
-        looping = [rank for rank in self.world() if rank not in self.drivers()]
-        executor.start_worker_execution_loop()
-        try:
-            if looping:
-                with pytest.raises(ExecutorBusyError, match=r"ranks \[1\] are in the execution loop"):
-                    executor.collective_rpc("where")
-                with pytest.raises(ExecutorBusyError, match="the loop runs already"):
-                    executor.start_worker_execution_loop()
-            assert [(rank, 1) for rank in self.drivers()] == executor.collective_rpc(
-                "where", args=(1,), ranks=self.drivers()
-            )
-        finally:
-            executor.stop_remote_worker_execution_loop()
-
-    def test_stopping_raises_what_a_rank_raised_in_the_loop(self, start: Start) -> None:
-        """An error of a rank in the loop is raised by the step or by stopping, not lost, and the executor goes on."""
-        executor = start(
-            workers.FailingWorker, worker_kwargs={"phase": "execute_model", "rank": self.last()}, device=GROUPS
-        )
-        executor.start_worker_execution_loop()
-        with pytest.raises(ValueError, match="told to fail in execute_model"):
-            executor.execute_model("r")
-            executor.stop_remote_worker_execution_loop()
-        executor.stop_remote_worker_execution_loop()
-
-        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", 30.0, args=(1,))
 
     # Groups
 
