@@ -14,7 +14,7 @@ import pytest
 
 import exec_core as ec
 from exec_core.testing import eventually
-from exec_mp import _hurry, _receiver
+from exec_mp import _hurry, _layout
 from exec_mp._channel import NOTHING
 from exec_mp._driver_channel import DriverChannel
 from exec_mp._hurry import hurry, scarce
@@ -85,14 +85,37 @@ def state(pid: int) -> str:
 def test_who_stands_in_line_is_moved_and_left_free(machine: Machine, busy: int) -> None:
     """First here, then wherever it could be before; what it could is told before anything is done."""
     told: list[tuple[set[int], int]] = []
-    assert hurry(busy, busy, lambda free: told.append((free, len(machine.moved))))
+
+    def waits(free: set[int]) -> bool:
+        told.append((free, len(machine.moved)))
+        return True
+
+    assert hurry(busy, busy, waits)
     assert [(busy, {machine.here}), (busy, machine.free)] == machine.moved
     assert [(machine.free, 0)] == told
 
 
+def waits(_free: set[int]) -> bool:
+    """It does."""
+    return True
+
+
 def test_who_sleeps_is_left_alone(machine: Machine, asleep: int) -> None:
     """It does not want a processor."""
-    assert not hurry(asleep, asleep)
+    assert not hurry(asleep, asleep, waits)
+    assert [] == machine.moved
+
+
+def test_who_has_gone_on_is_left_alone(machine: Machine, busy: int) -> None:
+    """It has what it waited for, and does what must not be bound to anything."""
+    assert not hurry(busy, busy, lambda _free: False)
+    assert [] == machine.moved
+
+
+def test_who_is_bound_stays_that(machine: Machine, busy: int) -> None:
+    """It may use one processor only, for now or for good."""
+    machine.free = {machine.here}
+    assert not hurry(busy, busy, waits)
     assert [] == machine.moved
 
 
@@ -100,14 +123,14 @@ def test_who_is_here_gets_its_turn(machine: Machine, busy: int) -> None:
     """The processor is given up in a moment anyway."""
     _bind(busy, {machine.real})
     machine.here, machine.free = machine.real, {machine.real, machine.real + 1}
-    assert not hurry(busy, busy)
+    assert not hurry(busy, busy, waits)
     assert [] == machine.moved
 
 
 def test_who_may_not_come_here_is_left_alone(machine: Machine, busy: int) -> None:
     """Somebody has bound it to other processors."""
-    machine.free = {machine.here + 1}
-    assert not hurry(busy, busy)
+    machine.free = {machine.here + 1, machine.here + 2}
+    assert not hurry(busy, busy, waits)
     assert [] == machine.moved
 
 
@@ -118,18 +141,18 @@ def test_who_is_gone_is_not_missed(machine: Machine) -> None:
     thread.join()
     assert thread.native_id is not None
     eventually(lambda: not os.path.exists(f"/proc/{os.getpid()}/task/{thread.native_id}"))
-    assert not hurry(os.getpid(), thread.native_id)
-    assert not hurry(os.getpid(), 1)  # a thread of another process
+    assert not hurry(os.getpid(), thread.native_id, waits)
+    assert not hurry(os.getpid(), 1, waits)  # a thread of another process
     assert [] == machine.moved
 
 
 def test_what_the_system_refuses_is_left(machine: Machine, busy: int) -> None:
     """No right to move it, or no way to note what to undo."""
     machine.refuses = True
-    assert not hurry(busy, busy)
+    assert not hurry(busy, busy, waits)
     machine.refuses = False
 
-    def too_large(_free: set[int]) -> None:
+    def too_large(_free: set[int]) -> bool:
         raise OverflowError
 
     assert not hurry(busy, busy, too_large)
@@ -161,76 +184,150 @@ def worker(driver: DriverChannel, rank: int) -> WorkerChannel:
     return WorkerChannel(driver.fd, driver.geometry, rank, driver.bells[rank], driver.bell)
 
 
-def test_a_rank_is_late_that_is_idle_and_has_not_read() -> None:
-    """Neither one that has begun, nor one that is still in another call, nor one that is in this very process."""
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few processors, whatever there are here."""
+    monkeypatch.setattr(_hurry, "scarce", lambda world_size: True)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_rank_is_late_that_waits_and_has_not_read() -> None:
+    """Neither one that has begun, nor one that does not wait or not yet, nor one that is in this very process."""
     with driver_end() as driver:
-        unread = worker(driver, 1).requests(pytest.fail, set())
-        assert [] == driver.line.late((0, 1, 2), driver.sent)
+        lines = [worker(driver, rank).line for rank in (1, 2)]
         driver.publish(7, b"load", NOTHING, (1, 2), ())
+        assert [] == driver.line.late((0, 1, 2), driver.sent)  # they start
+        for line in lines:
+            line.waits()
         assert [1, 2] == driver.line.late((0, 1, 2), driver.sent)
         assert [2] == driver.line.late((2,), driver.sent)
-        rank = worker(driver, 2)
-        rank.is_answered = True
-        begun = rank.requests(lambda _: ec.messages.Reply(1), set())
-        next(begun)
+        lines[1].goes_on()
         assert [1] == driver.line.late((1, 2), driver.sent)
-        driver.publish(8, b"load", NOTHING, (1, 2), ())
-        assert [1] == driver.line.late((1, 2), driver.sent)  # rank 2 is busy
-        del unread, begun
+        begun = worker(driver, 1).requests(lambda _: ec.messages.Reply(1), set())
+        next(begun)
+        assert [] == driver.line.late((1, 2), driver.sent)
 
 
+@pytest.mark.usefixtures("few")
 def test_one_rank_watches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one that has a process of its own, and only while somebody waits."""
     with driver_end() as driver:
         hurried: list[tuple[int, int]] = []
-        monkeypatch.setattr(_hurry, "hurry", lambda pid, tid, moving: hurried.append((pid, tid)))
+        monkeypatch.setattr(_hurry, "hurry", lambda pid, tid, waits: hurried.append((pid, tid)))
         ranks = [worker(driver, 1), worker(driver, 2)]
-        for tid in (0, 4711, 0):
-            driver.line.waits(tid)
+
+        def look() -> list[bool]:
             for rank in ranks:
                 rank.line.hurry_driver()
+            return [rank.line.is_watched() for rank in ranks]
+
+        assert [False, False] == look()
+        driver.line.waits(4711)
+        assert [True, False] == look()
+        driver.line.goes_on(4711)
+        assert [False, False] == look()
         assert [(os.getpid(), 4711)] == hurried
 
 
-def test_a_move_that_its_rank_did_not_survive_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("few")
+def test_a_rank_knows_whether_others_are_still_to_answer() -> None:
+    """Rank 0, which runs in the driver's process here, does not say so."""
+    with driver_end() as driver:
+        shared, lines = driver._shared, [worker(driver, rank).line for rank in (1, 2)]
+        assert [False, False] == [line.others_answer() for line in lines]
+        for rank in (2, 1):
+            shared.words[shared.word(_layout.ACKS, rank)] = 6
+        assert [False, False] == [line.others_answer() for line in lines]
+        shared.words[shared.word(_layout.ACKS, 1)] = 7
+        assert [True, False] == [line.others_answer() for line in lines]
+
+
+@pytest.mark.usefixtures("few")
+def test_who_has_gone_on_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mover looks once more after it has said what it is going to do."""
+    answers: list[bool] = []
+    monkeypatch.setattr(_hurry, "hurry", lambda pid, tid, waits: answers.append(waits({3, 70})))
+    with driver_end() as driver:
+        rank = worker(driver, 1).line
+        rank.waits()
+        driver.line.waits(4711)
+        driver.line.hurry(1, 4711)
+        rank.hurry_driver()
+        rank.goes_on()
+        driver.line.hurry(1, 4711)
+        assert [True, True, False] == answers
+
+        def late(_pid: int, tid: int, waits: Callable[[set[int]], bool]) -> None:
+            driver.line.goes_on(tid)
+            answers.append(waits({3, 70}))
+
+        monkeypatch.setattr(_hurry, "hurry", late)
+        rank.hurry_driver()
+        assert [True, True, False, False] == answers
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("moved", ["driver", "rank"])
+def test_who_is_being_moved_waits_until_that_is_over(monkeypatch: pytest.MonkeyPatch, moved: str) -> None:
+    """It must not get on with its work while it is bound to one processor."""
+    with driver_end() as driver:
+        rank = worker(driver, 1).line
+        moving, done = threading.Event(), threading.Event()
+
+        def hurry(_pid: int, _tid: int, waits: Callable[[set[int]], bool]) -> None:
+            assert waits({3, 70})
+            moving.set()
+            assert done.wait(30)
+
+        monkeypatch.setattr(_hurry, "hurry", hurry)
+        monkeypatch.setattr(_hurry, "_MOVED_WITHIN_S", 30)
+        rank.waits()
+        driver.line.waits(4711)
+        mover = threading.Thread(target=rank.hurry_driver if moved == "driver" else lambda: driver.line.hurry(1, 1))
+        mover.start()
+        assert moving.wait(30)
+        waiter = threading.Thread(target=(lambda: driver.line.goes_on(4711)) if moved == "driver" else rank.goes_on)
+        waiter.start()
+        waiter.join(0.05)
+        assert waiter.is_alive()
+        done.set()
+        waiter.join(30)
+        mover.join(30)
+        assert not waiter.is_alive()
+
+
+@pytest.mark.usefixtures("few")
+def test_a_move_that_its_rank_did_not_end_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's thread may use again what it could before, also where processors have high numbers."""
     with driver_end() as driver:
         free = {3, 70, 600}
-
-        def dies(_pid: int, _tid: int, moving: Callable[[set[int]], None]) -> None:
-            moving(free)
-            raise SystemExit
-
-        undone: list[tuple[int, set[int]]] = []
-        monkeypatch.setattr(_hurry, "hurry", dies)
-        monkeypatch.setattr(os, "sched_setaffinity", lambda tid, mask: undone.append((tid, mask)))
-        driver.line.free_moved()
+        rank = worker(driver, 1).line
         driver.line.waits(4711)
-        with pytest.raises(SystemExit):
-            worker(driver, 1).line.hurry_driver()
-        driver.line.free_moved()
+        rank._still_waits(os.getpid(), 4711, free)  # and it is killed
+        undone: list[tuple[int, set[int]]] = []
+        monkeypatch.setattr(os, "sched_setaffinity", lambda tid, mask: undone.append((tid, mask)))
+        driver.line.goes_on(4711)
         assert [(4711, free)] == undone
 
 
 # With workers
 
 
+@pytest.mark.usefixtures("few")
 def test_the_driver_hurries_ranks_that_have_not_begun(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that is stopped, once in a call. The other one may be slow as well."""
-    hurried: list[tuple[int, int]] = []
-    monkeypatch.setattr(_receiver, "hurry", lambda pid, tid: hurried.append((pid, tid)))
-    monkeypatch.setattr(_hurry, "scarce", lambda world_size: True)
     executor = launch()
     pids = [worker.pid for worker in executor.workers]
     executor.collective_rpc(lambda worker: worker.context.rank)
-    hurried.clear()
+    hurried: list[tuple[int, int]] = []
     channel = executor._group._channel  # type: ignore[union-attr] # ours
-    eventually(lambda: channel.current(1)[0] == 0)  # its answer comes before it says so
+    monkeypatch.setattr(channel.line, "hurry", lambda rank, pid: hurried.append((rank, pid)))
+    eventually(lambda: [0, 1] == channel.line.late((0, 1), channel.sent + 1))  # both wait
     os.kill(pids[1], signal.SIGSTOP)
     eventually(lambda: state(pids[1]) == "T")
     threading.Timer(0.1, os.kill, (pids[1], signal.SIGCONT)).start()
     executor.collective_rpc(lambda worker: worker.context.rank)
-    assert 1 == hurried.count((pids[1], pids[1]))
+    assert 1 == hurried.count((1, pids[1]))
 
 
 def test_a_rank_hurries_the_thread_that_waits(launch: Launch) -> None:
@@ -243,7 +340,7 @@ def test_a_rank_hurries_the_thread_that_waits(launch: Launch) -> None:
 
         (channel,) = (one for one in gc.get_objects() if isinstance(one, _worker_channel.WorkerChannel))
         channel.line._scarce, hurried = True, []
-        _hurry.hurry = lambda pid, tid, _moving: hurried.append((pid, tid))  # type: ignore[assignment,misc] # for the test
+        _hurry.hurry = lambda pid, tid, _waits: hurried.append((pid, tid))  # type: ignore[assignment,return-value] # for the test
         channel.hurried = hurried  # type: ignore[attr-defined] # to find it again
 
     def nap(worker: Any) -> None:
@@ -279,13 +376,14 @@ def test_a_rank_that_dies_while_it_moves_the_driver_leaves_it_free(launch: Launc
         (channel,) = (one for one in gc.get_objects() if isinstance(one, _worker_channel.WorkerChannel))
         channel.line._scarce = worker.context.rank == 0
 
-        def dies(_pid: int, tid: int, moving: Any) -> None:
+        def dies(_pid: int, tid: int, waits: Any) -> bool:
             allowed = os.sched_getaffinity(tid)
-            moving(allowed)
-            os.sched_setaffinity(tid, {max(allowed)})
-            os.kill(os.getpid(), signal.SIGKILL)
+            if waits(allowed):
+                os.sched_setaffinity(tid, {max(allowed)})
+                os.kill(os.getpid(), signal.SIGKILL)
+            return False
 
-        _hurry.hurry = dies  # type: ignore[assignment] # it never returns
+        _hurry.hurry = dies  # type: ignore[assignment] # other names of arguments
 
     def nap(worker: Any) -> None:
         time.sleep(0.01 * worker.context.rank)
@@ -301,12 +399,17 @@ def test_a_rank_that_dies_while_it_moves_the_driver_leaves_it_free(launch: Launc
     assert before == os.sched_getaffinity(0)
 
 
-def test_threads_are_as_free_after_many_steps_as_before(launch: Launch, busy: int) -> None:
-    """With another program in the way, so that somebody has to be moved now and then."""
+def test_nobody_is_bound_while_it_works(launch: Launch, busy: int) -> None:
+    """With another program in the way, so that somebody has to be moved now and then: what is started then would stay bound."""
     _bind(busy, {min(os.sched_getaffinity(0))})
-    before = os.sched_getaffinity(0)
+    free = os.sched_getaffinity(0)
     executor = launch()
+
+    def step(_worker: Any) -> Any:
+        began = os.sched_getaffinity(0)
+        time.sleep(0.002)
+        return began, os.sched_getaffinity(0)
+
     for _ in range(100):
-        executor.collective_rpc(lambda worker: time.sleep(0.002))
-    assert [before, before] == executor.collective_rpc(lambda worker: os.sched_getaffinity(0))
-    assert before == os.sched_getaffinity(0)
+        assert [(free, free)] * 2 == executor.collective_rpc(step)
+        assert free == os.sched_getaffinity(0)

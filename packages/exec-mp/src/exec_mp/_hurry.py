@@ -4,13 +4,24 @@ A waiter wakes up, or has given way, on a processor that somebody else has just 
 the kernel. The scheduler sees that another processor is idle with its next tick, which comes after up to 4 ms; a step of
 decoding is late by that. But who has sent what the thread waits for is awake, elsewhere, and about to sleep. So it looks after
 a while whether it was taken, and if not, lends its own processor.
+
+A thread is moved by binding it to a processor and freeing it at once. In between it must not get on with its work: what it
+starts there, a thread or a process, would stay bound. So
+
+    who waits    says so in a word of its own, and, when it has what it waited for, takes that back, then looks at the mover's word
+    who moves    says so in a word of its own, then looks whether the other still waits, and moves it only then
+
+and who sees that it is being moved waits until that is over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Sequence
+from os import sched_yield
+from time import monotonic
 
 from exec_mp import _layout
 from exec_mp._layout import MAY_USE_WORDS, Shared
@@ -18,6 +29,8 @@ from exec_mp._spread import processor
 
 REQUEST_LATE_S = 250e-6  # a rank has begun by then, be it from a nap
 ANSWER_LATE_S = 150e-6  # the driver has seen by then what has come: one thread, which was called last
+LOOKS = 4  # in a wait, so far apart: as long as others are still to answer, there is nothing that the driver could take
+_MOVED_WITHIN_S = 0.02  # else who moves has been stopped or killed on the way
 _PROCESSOR = 35  # field of /proc/.../stat after the state
 
 
@@ -26,12 +39,12 @@ def scarce(world_size: int) -> bool:
     return 1 < len(os.sched_getaffinity(0)) <= world_size + 1
 
 
-def hurry(pid: int, tid: int, moving: Callable[[set[int]], None] | None = None) -> bool:
+def hurry(pid: int, tid: int, waits: Callable[[set[int]], bool]) -> bool:
     """Moves thread ``tid`` of process ``pid`` here if it stands in line elsewhere, and leaves it as free as it was.
 
     Args:
-        moving: told before that which processors the thread may use, in case the caller does not live to leave it free;
-            an OverflowError says that there is no way to note that, and nothing is done.
+        waits: whether it still does, asked last; told which processors the thread may use. An OverflowError says that there is
+            no way to note that, and nothing is done.
 
     Returns:
         Whether it was moved. Not if it sleeps, may not run here or is gone, or if the system refuses.
@@ -43,10 +56,8 @@ def hurry(pid: int, tid: int, moving: Callable[[set[int]], None] | None = None) 
         if state != b"R" or int(fields[_PROCESSOR]) == here:
             return False
         allowed = os.sched_getaffinity(tid)
-        if here not in allowed:
+        if len(allowed) < 2 or here not in allowed or not waits(allowed):  # bound by somebody, perhaps for a moment
             return False
-        if moving is not None:
-            moving(allowed)
         # Both at once: no signal handler comes in between, so nobody is left with one processor.
         list(map(os.sched_setaffinity, (tid, tid), ({here}, allowed)))
     except (OSError, OverflowError):
@@ -64,56 +75,114 @@ class DriverLine:
     def __init__(self, shared: Shared, remote_ranks: Sequence[int]) -> None:
         self.scarce = scarce(shared.geometry.world_size)
         self._shared, self._words, self._ranks = shared, shared.words, frozenset(remote_ranks)
-        self._waiter = shared.word(_layout.WAITER, min(remote_ranks, default=0))  # one rank is enough to watch
+        watch = min(remote_ranks, default=0)  # one rank is enough to watch, and must be alone in that
+        self._waiter, self._moves, self._may_use = (
+            shared.word(row, watch) for row in (_layout.WAITER, _layout.MOVES, _layout.MAY_USE)
+        )
+        self._in_order = threading.Lock()  # taken for the locked instruction alone
 
     def waits(self, tid: int) -> None:
-        """Thread ``tid`` of this process waits for answers, and may be hurried; 0: none does."""
-        self._words[self._waiter] = tid and os.getpid() << 32 | tid
+        """Thread ``tid`` of this process waits for answers, and may be moved."""
+        self._words[self._waiter] = os.getpid() << 32 | tid
+
+    def goes_on(self, tid: int) -> None:
+        """It waits no longer; returns when nobody moves it."""
+        self._words[self._waiter] = 0
+        with self._in_order:
+            pass
+        if self._words[self._moves]:
+            until = monotonic() + _MOVED_WITHIN_S
+            while self._words[self._moves]:
+                if monotonic() > until:
+                    self._free(tid)
+                    return
+                sched_yield()
+
+    def _free(self, tid: int) -> None:
+        """Undoes what a rank has begun and not ended."""
+        mask = int.from_bytes(self._words[self._may_use : self._may_use + MAY_USE_WORDS].tobytes(), "little")
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(tid, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
 
     def late(self, ranks: Sequence[int], sent: int) -> list[int]:
-        """Those of ``ranks`` that do nothing although there are requests, ``sent`` in all, that they have not read."""
+        """Those of ``ranks`` that wait although there are requests, ``sent`` in all, that they have not read."""
         words, word = self._words, self._shared.word
         return [
             rank
             for rank in ranks
             if rank in self._ranks
+            and words[word(_layout.IN_LINE, rank)]
             and words[word(_layout.REQUESTS_READ, rank)] < sent
-            and words[word(_layout.CURRENT_CALL, rank)] <= words[word(_layout.ACKS, rank)]
         ]
 
-    def free_moved(self) -> None:
-        """Lets a thread of this process use all its processors again if a rank died while it was moving it."""
-        for rank in self._ranks:
-            tid = self._words[self._shared.word(_layout.MOVES, rank)]
-            at = self._shared.word(_layout.MAY_USE, rank)
-            if tid:
-                mask = int.from_bytes(self._words[at : at + MAY_USE_WORDS].tobytes(), "little")
-                with contextlib.suppress(OSError):  # the thread has ended
-                    os.sched_setaffinity(tid, {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1})
+    def hurry(self, rank: int, pid: int) -> None:
+        """Moves ``rank``, which is process ``pid``, if it stands in line."""
+        hurried, in_line = self._shared.word(_layout.HURRIED, rank), self._shared.word(_layout.IN_LINE, rank)
+
+        def waits(_: set[int]) -> bool:
+            self._words[hurried] = 1
+            with self._in_order:
+                pass
+            return bool(self._words[in_line] != 0)
+
+        try:
+            hurry(pid, pid, waits)
+        finally:
+            self._words[hurried] = 0
 
 
 class RankLine:
-    """What a rank can do for the driver's thread that waits for it."""
+    """What a rank can do for the driver's thread that waits for it, and says of itself."""
 
     def __init__(self, shared: Shared, rank: int) -> None:
         self._scarce = scarce(shared.geometry.world_size)
         self._view, self._words = shared.view, shared.words
-        self._waiter, self._moves, self._may_use = (
-            shared.word(row, rank) for row in (_layout.WAITER, _layout.MOVES, _layout.MAY_USE)
-        )
+        self._waiter, self._moves, self._may_use, self._in_line, self._hurried, self._ack = (
+            shared.word(row, rank)
+            for row in (
+                _layout.WAITER, _layout.MOVES, _layout.MAY_USE, _layout.IN_LINE, _layout.HURRIED, _layout.ACKS,
+            )
+        )  # fmt: skip
+        self._acks, self._size = shared.word(_layout.ACKS, 0), shared.geometry.world_size
+        self._in_order = threading.Lock()  # taken for the locked instruction alone
+
+    def waits(self) -> None:
+        """This rank waits, and may be moved."""
+        if self._scarce:
+            self._words[self._in_line] = 1
+
+    def goes_on(self) -> None:
+        """It waits no longer; returns when nobody moves it."""
+        if self._scarce:
+            self._words[self._in_line] = 0
+            with self._in_order:
+                pass
+            while self._words[self._hurried]:
+                sched_yield()
 
     def is_watched(self) -> bool:
         """Whether somebody waits, and this is the rank to look after him."""
         return self._scarce and self._words[self._waiter] != 0
 
-    def hurry_driver(self) -> None:
-        """Moves who still waits, if he stands in line: he has not taken what this rank has answered some time ago."""
-        pid, tid = divmod(self._words[self._waiter], 1 << 32)
-        if tid:
-            hurry(pid, tid, lambda free: self._note(tid, free))
-            self._words[self._moves] = 0
+    def others_answer(self) -> bool:
+        """Whether other ranks are still to answer what this one has, as far as it can tell."""
+        words = self._words
+        return bool(min(filter(None, words[self._acks : self._acks + self._size]), default=0) < words[self._ack])
 
-    def _note(self, tid: int, free: set[int]) -> None:
+    def hurry_driver(self) -> None:
+        """Moves who still waits, if he stands in line: he has not taken what was answered some time ago."""
+        words = self._words
+        pid, tid = divmod(words[self._waiter], 1 << 32)
+        if tid:
+            try:
+                hurry(pid, tid, lambda free: self._still_waits(pid, tid, free))
+            finally:
+                words[self._moves] = 0
+
+    def _still_waits(self, pid: int, tid: int, free: set[int]) -> bool:
         mask = sum(1 << cpu for cpu in free).to_bytes(8 * MAY_USE_WORDS, "little")
         self._view[8 * self._may_use : 8 * self._may_use + len(mask)] = mask
         self._words[self._moves] = tid
+        with self._in_order:
+            pass
+        return bool(self._words[self._waiter] == pid << 32 | tid)
