@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
 
 from exec_core.asynchronous import Room, awaited
-from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
+from exec_core.calls import Call, check_count, checked_timeout, chosen_ranks, deadline_after
 from exec_core.config import ExecutorConfig
 from exec_core.errors import ExecutorClosedError, WorkerDiedError
 from exec_core.group import WorkerGroup, WorkerInfo
@@ -354,8 +354,8 @@ class BaseExecutor(abc.ABC):
         runs = self._all_ranks if ranks is None else chosen_ranks("ranks", ranks, self._all_ranks)
         replies = runs if reply_ranks is None else chosen_ranks("reply_ranks", reply_ranks, runs)
         self._check_ranks(method, runs)
-        if max_concurrent_workers is not None and max_concurrent_workers < 1:
-            raise ValueError(f"max_concurrent_workers must be >= 1, got {max_concurrent_workers}")
+        if max_concurrent_workers is not None:
+            check_count("max_concurrent_workers", max_concurrent_workers)
         timeout_s = self._timeout_s if timeout is None else checked_timeout(timeout)
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         return self._call_type(
