@@ -108,9 +108,9 @@ class Executor(BaseExecutor):
         self._log.info("kv cache", num_gpu_blocks=num_gpu_blocks, num_cpu_blocks=num_cpu_blocks)
         self.collective_rpc("initialize_cache", args=(num_gpu_blocks, num_cpu_blocks))
 
-    def apply_model(self, function: Callable[[Any], T]) -> list[T]:
-        """``function(model)`` on every rank."""
-        return self.collective_rpc(_apply_model, args=(function,))
+    def apply_model(self, fn: Callable[[Any], T]) -> list[T]:
+        """``fn(model)`` on every rank."""
+        return self.collective_rpc(_apply_model, args=(fn,))
 
     @property
     def is_sleeping(self) -> bool:
@@ -210,5 +210,5 @@ def _only(values: list[Any]) -> Any:
     return values[0]
 
 
-def _apply_model(worker: Any, function: Callable[[Any], T]) -> T:
-    return function(worker.get_model())
+def _apply_model(worker: Any, fn: Callable[[Any], T]) -> T:
+    return fn(worker.get_model())
