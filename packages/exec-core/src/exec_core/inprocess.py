@@ -77,9 +77,7 @@ class InProcessGroup:
         if reply is None:
             if job.dropped:
                 raise ExecutorClosedError("the executor was shut down", call.name)
-            raise RpcTimeoutError(
-                call.name, call.timeout_s or 0.0, (), call.ranks, why="an earlier call is still running"
-            )
+            raise self._timed_out(call, "an earlier call is still running")
         return self._outcome(call, reply)
 
     def _outcome(self, call: Call, reply: Reply) -> Any:
@@ -154,7 +152,11 @@ class InProcessGroup:
         call = self._pending.get(future)
         if call is not None and self._forget(future):
             self._late.append(call)
-            self._end(future, RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks))
+            self._end(future, self._timed_out(call))
+
+    def _timed_out(self, call: Call, why: str = "") -> RpcTimeoutError:
+        pids = {self._rank: os.getpid()}
+        return RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=why, pids=pids)
 
     @staticmethod
     def _end(future: Future[Any], error: BaseException) -> None:
