@@ -284,3 +284,19 @@ def test_environment_of_the_next_generation(launch: Launch, monkeypatch: pytest.
     executor.restart()
 
     assert ["yes"] == executor.collective_rpc(lambda worker: os.environ.get("SINCE_THE_RESTART"))
+
+
+def test_private_directories_of_the_next_generation(launch: Launch) -> None:
+    """After a death the workers' private directories are gone, and the next ones are elsewhere, where nobody can guess."""
+    executor = launch(2)
+    roots = []
+    for _ in range(2):
+        paths = executor.collective_rpc(lambda worker: worker.context.private_dir)
+        (root,) = {os.path.dirname(path) for path in paths}
+        roots.append(root)
+        kill(executor)
+        executor.restart()
+        assert not os.path.exists(root)
+
+    ends = {root.rpartition("-")[2] for root in roots}
+    assert (2, {16}) == (len(ends), set(map(len, ends)))

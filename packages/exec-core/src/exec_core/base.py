@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
 
+from exec_core import private
 from exec_core.asynchronous import Room, awaited
 from exec_core.calls import Call, check_count, checked_timeout, chosen_ranks, deadline_after
 from exec_core.config import ExecutorConfig
@@ -68,6 +69,7 @@ class BaseExecutor(abc.ABC):
         self._progress_lock = threading.Lock()  # one progress report at a time
         self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
         self._timeout_s = config.rpc.timeout_s
+        self._private_root = ""  # of this generation, for its `WorkerInit`s; the group sweeps it when all workers have ended
         self._room = Room()
         self._log = self._logger()
         _live.add(self)
@@ -132,6 +134,7 @@ class BaseExecutor(abc.ABC):
 
     def _run_start(self, told: bool) -> None:
         started = time.monotonic()
+        self._private_root = private.choose_root(f"{self._name}-{self.generation}")
         self._log.info("executor starting", world_size=self.world_size)
         try:
             group = self._group = self._launch(deadline_after(self._config.rpc.startup_timeout_s))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from exec_core import private
 from exec_core.asynchronous import Room
 from exec_core.calls import Call
 from exec_core.context import WorkerInit
@@ -182,7 +183,10 @@ class InProcessGroup:
                 self._end(future, error)
         self._deadlines.close()
         if self._inline.close(deadline):
-            self._wrapper.shutdown()
+            try:
+                self._wrapper.shutdown()
+            finally:
+                private.sweep(self.inits[0].private_root)  # this rank's alone: each has a driver of its own
         elif self._wrapper.context is not None:
             self._wrapper.context.log.warning(
                 "a worker method is still running in this process; its worker is not shut down"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -127,14 +126,6 @@ class MultiprocessingDistributedExecutor(Executor):
             arena_bytes=_ARENA_BYTES,
             spin_s=SPIN_S if rpc.spin_s == "auto" else rpc.spin_s,
         )
-
-    @property
-    def _private_root(self) -> str:
-        try:
-            directory = tempfile.gettempdir()
-        except FileNotFoundError:  # nothing can be written; workers that never ask for a directory do not care
-            directory = os.environ.get("TMPDIR", "/tmp")  # noqa: S108 # it will be refused, and so be named
-        return os.path.join(directory, f"{self._name}-{self.generation}")
 
     def _init(self, rank: int, placement: Placement, rendezvous: int | None, in_driver: bool) -> WorkerInit:
         relay = "relay" if self._config.log.worker_output == "log" else ""

@@ -6,7 +6,6 @@ import atexit
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -126,7 +125,7 @@ class ExecutorWithExternalLauncher(Executor):
             local_rank=local_rank,
             distributed_init_method=init_method,
             device_name={"cuda": f"cuda:{index}", "cpu": "cpu", "none": None}[placement.kind],
-            private_root=os.path.join(tempfile.gettempdir(), f"{self._name}-{self.generation}"),
+            private_root=self._private_root,
             executor=self._name,
             backend=self.backend,
             generation=self.generation,
