@@ -144,7 +144,8 @@ class CacheConfig:
         block_size: tokens per block.
         gpu_memory_utilization: share of a device's memory that model and cache may take together, in (0, 1].
         cpu_swap_bytes: host memory for swapped-out blocks, per rank.
-        num_gpu_blocks, num_cpu_blocks: sizes in blocks that override profiling; None: profile.
+        num_gpu_blocks, num_cpu_blocks: sizes in blocks that ``Executor.determine_num_available_blocks`` returns instead of what
+            workers profile, whatever their class; None: profile.
     """
 
     block_size: int = attrs.field(default=16, validator=_int(1))
