@@ -170,7 +170,8 @@ class RpcConfig:
             chooses. Where answers come regularly, it is awake around the usual time, for up to eight times that.
         inline_bytes: messages up to this size travel inside the ring slot.
         max_in_flight: calls sent and not yet acknowledged by all their ranks; None: at least 2 x (stages + 1).
-        max_message_bytes: a larger message is refused before anything is sent; None: no limit.
+        max_message_bytes: a larger request is refused before anything is sent, instead of a larger result comes an error of its
+            rank; both are `MessageTooLargeError`. Errors themselves arrive whatever their size. None: no limit.
         start_method: ``forkserver`` forks workers from a process that has ``preload`` imported; ``spawn`` starts fresh
             interpreters.
         preload: modules that the fork server imports. They must not compute or start threads on import.

@@ -88,7 +88,7 @@ class SerializationError(ExecutorError, pickle.PicklingError, TypeError):
 
 
 class MessageTooLargeError(ExecutorError, ValueError):
-    """A message exceeds a limit. Nothing was sent.
+    """A message, a request or a result, exceeds a limit and was not sent.
 
     Attributes:
         nbytes: size of the message in bytes.

@@ -111,7 +111,8 @@ class MultiprocessingDistributedExecutor(Executor):
         threads = devices.threads_per_worker(device, size, {**os.environ, **env}) if handled else None
         if threads is not None and cores is not None and device.threads_per_worker is None:
             threads = min(threads, len(cores))
-        boot = boot_record("exec_mp._worker_main:main", (parts.channel.geometry, rank, threads), env, cores)
+        arguments = parts.channel.geometry, rank, threads, self._config.rpc.max_message_bytes
+        boot = boot_record("exec_mp._worker_main:main", arguments, env, cores)
         execs = self._config.rpc.start_method == "spawn" or any(name.startswith(_READ_AT_IMPORT) for name in env)
         fds = [*parts.output[rank].descriptors, parts.rendezvous, parts.channel.fd, parts.channel.bells[rank]]
         fds += [parts.channel.bell, parts.stacks.bells[rank], parts.stacks.memory]
