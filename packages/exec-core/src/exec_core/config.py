@@ -208,6 +208,9 @@ class RpcConfig:
 class LogConfig:
     """Logs, see `exec_core.logs`.
 
+    ``worker_output`` and ``directory`` are about workers in processes of their own; one in the caller's process (uniproc, torchrun,
+    rank 0 with ``driver_worker="inline"``) writes where that does.
+
     Attributes:
         format: ``auto`` follows the host's logging configuration, else is console on a terminal and json elsewhere.
         level: lowest level that is written.
@@ -246,7 +249,9 @@ class ExecutorConfig:
             (``package.module:Class`` or ``package.module.Class``), which is imported in the worker only.
         worker_kwargs: passed on to ``worker_cls``; uniproc passes them by reference, the others pickle them.
         backend: ``mp``, ``uniproc``, ``torchrun``, the name of another installed backend, or an `Executor` class.
-        worker_env: extra environment, the same for all ranks, or a tuple with one mapping per rank.
+        worker_env: extra environment, the same for all ranks, or a tuple with one mapping per rank. A worker in the caller's process
+            (uniproc, torchrun, rank 0 with ``driver_worker="inline"``) has that of the process: there it is written into
+            ``os.environ``, and stays.
         output_rank: whose value ``execute_model`` returns; None: the first TP rank of the last PP stage.
     """
 
