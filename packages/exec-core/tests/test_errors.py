@@ -166,4 +166,6 @@ def test_remedy_is_named_once() -> None:
 
 def test_death_during_the_start_has_no_remedy_of_later() -> None:
     """What ended is told without its remedy, where that would be none: before there was anything to restart."""
-    assert "rank 1 (pid 4711) was killed by SIGKILL in 'execute_model'; its last lines:\n  one\n  two" == DIED.described()
+    who = "rank 1 (pid 4711)"
+
+    assert f"{who} was killed by SIGKILL in 'execute_model'; its last lines:\n  one\n  two" == DIED.described()

@@ -69,7 +69,7 @@ class BaseExecutor(abc.ABC):
         self._progress_lock = threading.Lock()  # one progress report at a time
         self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
         self._timeout_s = config.rpc.timeout_s
-        self._private_root = ""  # of this generation, for its `WorkerInit`s; the group sweeps it when all workers have ended
+        self._private_root = ""  # of this generation; swept by its group when all workers have ended
         self._room = Room()
         self._log = self._logger()
         _live.add(self)

@@ -49,7 +49,7 @@ class Lifecycle:
         self.failure: BaseException | None = None
         self.generation = 0
         self._doomed: BaseException | None = None  # a death during the start, which then must not become READY
-        self._told: BaseException | None = None  # the failure that has been told: who registers later hears of it at once
+        self._told: BaseException | None = None  # the failure that has been told: who comes later hears it at once
         self._callbacks: list[FailureCallback] = []
         self._lock = threading.Lock()
         _lifecycles.add(self)

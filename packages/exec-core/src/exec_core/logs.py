@@ -87,7 +87,7 @@ def _to_record(logger: logging.Logger, _: str, event: EventDict) -> EventDict:
     """
     valid: dict[str, Callable[[object], bool]] = {
         "exc_info": _is_exc_info,
-        "stack_info": lambda wanted: True,  # noqa: ARG005 # anything is true or false
+        "stack_info": lambda wanted: True,  # anything is true or false
         "stacklevel": lambda level: isinstance(level, int),
     }
     arguments = {key: event.pop(key) for key, test in valid.items() if key in event and test(event[key])}
@@ -106,7 +106,7 @@ def _to_record(logger: logging.Logger, _: str, event: EventDict) -> EventDict:
 
 def _is_exc_info(value: object) -> bool:
     if isinstance(value, tuple):
-        return len(value) == 3 and isinstance(value[1], BaseException | None)  # noqa: PLR2004 # as of sys.exc_info
+        return len(value) == 3 and isinstance(value[1], BaseException | None)  # as of sys.exc_info
     return isinstance(value, BaseException | int | None)
 
 

@@ -273,9 +273,7 @@ class EngineContract(ContractBase):
 
     def test_apply_model(self, executor: Executor) -> None:
         """``apply_model`` runs a function on the model of every rank."""
-        assert [8.0 * rank for rank in self.world()] == executor.apply_model(
-            fn=lambda model: model.weight.sum().item()
-        )
+        assert [8.0 * rank for rank in self.world()] == executor.apply_model(fn=lambda model: model.weight.sum().item())
 
     def test_profile(self, executor: Executor) -> None:
         """Starting and stopping a profile gives one table per rank; stopping without one is an error."""
