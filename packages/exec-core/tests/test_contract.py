@@ -1,7 +1,5 @@
 """A backend that somebody else writes keeps the contract, with what exec-core alone gives its author."""
 
-import os
-import tempfile
 from typing import ClassVar
 
 from exec_core import Executor, WorkerInit
@@ -22,14 +20,13 @@ class ThirdPartyExecutor(Executor):
             raise ConfigError(
                 "ParallelConfig.data_parallel_size", "must be 1 with this backend", size, "use backend 'mp'"
             )
-        root = os.path.join(tempfile.gettempdir(), f"third-party-{os.getpid()}-{self.generation}")
         init = WorkerInit(
             config=self.config,
             rank=0,
             local_rank=0,
             distributed_init_method=None,
             device_name=None if self.config.device.device == "none" else "cpu",
-            private_root=root,
+            private_root=self._private_root,
             executor="third-party",
             backend=self.backend,
             generation=self.generation,

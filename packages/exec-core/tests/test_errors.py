@@ -55,12 +55,18 @@ ERRORS: list[tuple[ExecutorError, list[str], tuple[type[Any], ...]]] = [
         (),
     ),
     (WorkerStartupError(None, "launch", "no fork server"), ["launch", "no fork server"], ()),
-    (DIED, ["rank 1 (pid 4711)", "SIGKILL", "'execute_model'", "one\n", "two"], ()),
+    (DIED, ["rank 1 (pid 4711)", "SIGKILL", "'execute_model'; call restart()", "max_restarts", "one\n", "two"], ()),
     (WorkerDiedError(1, 4711, exit_code=3), ["rank 1 (pid 4711)", "exited with code 3", "while idle"], ()),
-    (WorkerDiedError(None, None, why="the server ended"), ["workers are gone", "the server ended"], ()),
+    (WorkerDiedError(None, None, why="the server ended"), ["workers are gone: the server ended; call restart()"], ()),
+    (WorkerDiedError(1, 4711, request_id=7, remedy="start again"), ["is gone, exit code unknown", "; start again"], ()),
     (
         RpcTimeoutError("load", 2.5, [0], [1, 2], {1: "  File x"}, "not sent"),
         ["'load'", "2.5 s", "ranks [1, 2] have not answered", "ranks [0] have", "rank 1:\n  File x", "not sent"],
+        (TimeoutError,),
+    ),
+    (
+        RpcTimeoutError("load", 2.5, [0], [1, 2], {1: "  File x"}, pids={0: 4711, 1: 4712}, request_id=7),
+        ["ranks [1 (pid 4712), 2] have not answered, ranks [0] have", "raise the timeout", "check_health()"],
         (TimeoutError,),
     ),
     (
@@ -140,3 +146,26 @@ def test_remote_traceback_reads_like_one() -> None:
     again = pickle.loads(pickle.dumps(RemoteTraceback("Traceback\n  File x")))
 
     assert "\nTraceback\n  File x" == str(again)
+
+
+def test_time_out_keeps_its_facts_beside_the_stacks() -> None:
+    """The stacks come later than the error, which stays the same otherwise."""
+    error = RpcTimeoutError("load", 2.5, [0], [1], why="busy", pids={0: 4711, 1: 4712}, request_id=7)
+    again = error.with_stacks({1: "  File x"})
+
+    assert f"{error}\nrank 1:\n  File x" == str(again)
+    assert {**vars(error), "stacks": {1: "  File x"}} == vars(again)
+    assert ({1: 4712}, 7) == (again.pids, again.request_id)
+
+
+def test_remedy_is_named_once() -> None:
+    """A call after a failure says what to do once, whether or not the failure has said it."""
+    for failure in (DIED, ValueError("why")):
+        assert 1 == str(ExecutorFailedError(failure, "load")).count("call restart()")
+
+
+def test_death_during_the_start_has_no_remedy_of_later() -> None:
+    """What ended is told without its remedy, where that would be none: before there was anything to restart."""
+    who = "rank 1 (pid 4711)"
+
+    assert f"{who} was killed by SIGKILL in 'execute_model'; its last lines:\n  one\n  two" == DIED.described()

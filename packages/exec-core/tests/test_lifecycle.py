@@ -108,7 +108,7 @@ def test_only_one_failure_counts() -> None:
 def heard(lifecycle: Lifecycle) -> Future[tuple[BaseException, str]]:
     """What the next callback of ``lifecycle`` is told, and on which thread."""
     future: Future[tuple[BaseException, str]] = Future()
-    lifecycle.register(lambda error: future.set_result((error, threading.current_thread().name)))
+    lifecycle.register(lambda error: future.set_result((error, threading.current_thread().name)), Silent())
     return future
 
 
@@ -140,7 +140,7 @@ def test_callback_that_raises_is_logged() -> None:
     def broken(error: BaseException) -> None:
         raise ZeroDivisionError
 
-    lifecycle.register(broken)
+    lifecycle.register(broken, log)
     future = heard(lifecycle)
     lifecycle.fail(DIED)
     lifecycle.notify(DIED, log, after.set)
@@ -164,7 +164,7 @@ def test_every_callback_runs_once_whenever_it_comes() -> None:
                 done.release()
 
             together.wait(30)
-            lifecycle.register(called)
+            lifecycle.register(called, Silent())
 
         threads = [threading.Thread(target=register, args=(number,)) for number in range(8)]
         for thread in threads:
@@ -177,3 +177,66 @@ def test_every_callback_runs_once_whenever_it_comes() -> None:
         assert told.wait(30)
         assert all(done.acquire(timeout=30) for _ in range(8))
         assert [1] * 8 == counts
+
+
+def failed_again(told: bool) -> tuple[Lifecycle, list[BaseException], BaseException]:
+    """A lifecycle whose restart has failed, what its callback has heard before that, and the second failure."""
+    lifecycle, heard_of, after, again = at(State.READY), list[BaseException](), threading.Event(), ValueError("again")
+    lifecycle.register(heard_of.append, Silent())
+    lifecycle.fail(DIED)
+    lifecycle.notify(DIED, Silent(), after.set)
+    assert after.wait(30)
+    lifecycle.move(State.STARTING)
+    lifecycle.move(State.FAILED, again, told)
+    return lifecycle, heard_of, again
+
+
+def test_restart_that_raises_to_its_caller() -> None:
+    """A restart whose caller is told of its failure: callbacks are not, but for those that come later."""
+    lifecycle, heard_of, again = failed_again(told=True)
+    late = heard(lifecycle)
+    lifecycle.tell(again, Silent())
+
+    assert again is late.result(30)[0]
+    assert [DIED] == heard_of
+
+
+def test_restart_that_nobody_asked_for() -> None:
+    """A restart whose failure is told later: each callback then runs once, also one that has come before that."""
+    lifecycle, heard_of, again = failed_again(told=False)
+    early = heard(lifecycle)
+    assert not early.done()
+    for _ in range(2):
+        lifecycle.tell(again, Silent())
+
+    assert again is early.result(0)[0]
+    assert [DIED, again] == heard_of
+    assert again is heard(lifecycle).result(30)[0]
+
+
+def test_failure_that_is_over_is_not_told() -> None:
+    """What is told late is not told when a restart has come first."""
+    lifecycle, heard_of, again = failed_again(told=False)
+    lifecycle.move(State.STARTING)
+    lifecycle.tell(again, Silent())
+
+    assert [DIED] == heard_of
+
+
+def test_late_callback_that_raises_is_logged() -> None:
+    """A callback that comes after the failure and raises is logged, as the others are."""
+    lifecycle, told, logged = at(State.READY), threading.Event(), threading.Event()
+
+    class Waking(Silent):
+        def exception(self, event: str, **facts: Any) -> None:
+            super().exception(event, **facts)
+            logged.set()
+
+    lifecycle.fail(DIED)
+    lifecycle.notify(DIED, Silent(), told.set)
+    assert told.wait(30)
+    log = Waking()
+    lifecycle.register(lambda error: 1 // 0, log)
+
+    assert logged.wait(30)
+    assert ["failure callback raised"] == log.events

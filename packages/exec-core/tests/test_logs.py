@@ -129,6 +129,65 @@ def test_hosts_logging_wins_by_default(capsys: pytest.CaptureFixture[str], caplo
     assert ["json"] == [event["event"] for event in events(capsys)]
 
 
+# All but stack_info, which may be anything that is true or false.
+TAKEN = sorted({*vars(logging.makeLogRecord({})), "message", "asctime", "stacklevel"} - {"stack_info"})
+
+
+@pytest.mark.parametrize("key", TAKEN)
+def test_keys_of_a_record_arrive_in_hosts_logging(caplog: pytest.LogCaptureFixture, key: str) -> None:
+    """A key that a `logging.LogRecord` has already, or that its methods take otherwise, arrives and raises nothing."""
+    caplog.set_level("INFO")
+    logs.driver_logger(LogConfig(), "exec_core.worker", rank=2).info("ready", **{key: "given", f"{key}_": "other"})
+    (record,) = caplog.records
+
+    assert ("exec_core.worker", "INFO", "ready") == (record.name, record.levelname, record.message)
+    assert 2 == vars(record)["rank"]
+    assert {"given", "other"} <= {value for name, value in vars(record).items() if name.startswith(key)}
+
+
+def test_attributes_of_hosts_own_records(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose records all have an attribute of its own keeps it, and gets our key of that name beside it."""
+    plain = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = plain(*args, **kwargs)
+        record.request_id = "the host's"
+        return record
+
+    monkeypatch.setattr(logging, "_logRecordFactory", factory)
+    logs.driver_logger(LogConfig(), "exec_core.executor").warning("late reply dropped", request_id=7)
+    (record,) = caplog.records
+
+    assert ("the host's", 7) == (vars(record)["request_id"], vars(record)["request_id_"])
+
+
+def test_exceptions_in_hosts_logging(caplog: pytest.LogCaptureFixture) -> None:
+    """The exception being handled, or a given one, is the record's; what is none arrives as an attribute."""
+    log = logs.driver_logger(LogConfig(), "exec_core.worker")
+    error = ValueError("why")
+    try:
+        raise error
+    except ValueError:
+        log.exception("handled")
+    log.error("given", exc_info=error)
+    log.error("none", exc_info=("not", "one"))
+    handled, given, none = caplog.records
+
+    assert (error, error, None) == tuple(r.exc_info and r.exc_info[1] for r in (handled, given, none))
+    assert ("not", "one") == vars(none)["exc_info_"]
+
+
+def test_exception_in_console_may_be_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    """In console format, the text of an exception stands below its event; so does what is not a text."""
+    log = logs.driver_logger(LogConfig(format="console"), "x")
+    log.error("failed", exception="ValueError: two\nlines")
+    log.error("failed", exception=ValueError("as it is"))
+
+    assert ["ValueError: two", "lines", "as it is"] == [
+        line for line in capsys.readouterr().err.splitlines() if "failed" not in line
+    ]
+
+
 def test_import_configures_nothing() -> None:
     """Importing the package changes neither structlog nor logging."""
     program = (

@@ -185,13 +185,17 @@ def test_shutdown_once(tmp_path: Path) -> None:
 
 
 def test_private_directory_of_the_driver_is_swept(tmp_path: Path) -> None:
-    """A worker in the driver's process leaves no directory behind."""
+    """A worker in the driver's process leaves no directory of its own behind, and those of other ranks alone."""
     wrapper = made(tmp_path)
     assert wrapper.context is not None
-    assert Path(wrapper.context.private_dir).is_dir()
+    own = Path(wrapper.context.private_dir)
+    other = own.parent / "rank-1"
+    other.mkdir()
+    wrapper.context.rank = 5  # in another world
+    assert os.fspath(own) == wrapper.context.private_dir
     wrapper.shutdown()
 
-    assert not (tmp_path / "root").exists()
+    assert (False, True) == (own.exists(), other.exists())
 
 
 def test_unknown_keyword_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -64,7 +65,8 @@ def test_death_in_a_collective_reaches_every_pending_call(launch: Launch) -> Non
         (error.rank, error.pid, error.exit_code, error.signal_name, error.method) for error in errors
     }
     assert len(set(map(id, errors))) == len(errors)  # each can be raised without changing another
-    assert f"rank 2 (pid {pids[2]}) was killed by SIGKILL in 'collective_without'" == str(errors[0])
+    who = f"rank 2 (pid {pids[2]}) was killed by SIGKILL in 'collective_without'"
+    assert f"{who}; call restart() or shutdown(), or set RpcConfig.max_restarts" == str(errors[0])
     faults.await_gone(pids, SOON_S)
 
 
@@ -86,6 +88,27 @@ def test_callback_health_and_next_call_after_a_death(launch: Launch) -> None:
     executor.register_failure_callback(late.append)  # too late, so at once
     eventually(lambda: late)
     assert ([str(caught.value)], [str(caught.value)]) == ([str(e) for e in told], [str(e) for e in late])
+
+
+def test_death_in_the_log(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The event of a death has the error as text, the method, and the number of the call that the worker was in."""
+    executor = launch(log={"level": "error"})
+    executor.collective_rpc("where")
+    with pytest.raises(ec.WorkerDiedError) as caught:
+        executor.collective_rpc(faults.kill_itself, kwargs={"rank": 1})
+    records: list[dict[str, Any]] = []
+
+    def logged() -> list[dict[str, Any]]:
+        records.extend(json.loads(line) for line in capfd.readouterr().err.splitlines())
+        return [record for record in records if record["event"] == "executor failed"]
+
+    eventually(logged)
+    (record,) = logged()
+
+    assert (f"WorkerDiedError: {caught.value}", "kill_itself") == (record["exception"], record["method"])
+    assert isinstance(record["request_id"], int)
+    assert caught.value.request_id == record["request_id"]
+    assert "error" not in record
 
 
 def test_death_while_idle(launch: Launch) -> None:

@@ -90,16 +90,21 @@ def test_restarts_by_itself_are_counted(launch: Launch) -> None:
         executor.collective_rpc("where")
 
 
-def test_restart_that_fails(launch: Launch, tmp_path: Path) -> None:
-    """When the workers do not come back, `restart` says why and the executor stays failed; it can be tried again."""
-    broken = tmp_path / "broken"
+def fragile(broken: Path) -> type[workers.EchoWorker]:
+    """A worker that does not load on rank 1 once the file ``broken`` is there."""
 
     class Fragile(workers.EchoWorker):
         def load_model(self) -> None:
             if broken.exists() and self.context.rank == 1:
-                raise ValueError("cannot load")
+                raise ValueError(f"cannot load generation {self.context.generation}")
 
-    executor = launch(2, Fragile)
+    return Fragile
+
+
+def test_restart_that_fails(launch: Launch, tmp_path: Path) -> None:
+    """When the workers do not come back, `restart` says why and the executor stays failed; it can be tried again."""
+    broken = tmp_path / "broken"
+    executor = launch(2, fragile(broken))
     broken.touch()
     kill(executor)
     for _ in range(2):
@@ -113,6 +118,77 @@ def test_restart_that_fails(launch: Launch, tmp_path: Path) -> None:
 
     assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
     assert 3 == executor.generation
+
+
+def test_callback_after_a_restart_that_failed(launch: Launch, tmp_path: Path) -> None:
+    """A failed restart is told to its caller, and at once to callbacks that come later; those before have heard of the death."""
+    broken = tmp_path / "broken"
+    executor = launch(2, fragile(broken))
+    before: list[BaseException] = []
+    after: list[BaseException] = []
+    executor.register_failure_callback(before.append)
+    broken.touch()
+    kill(executor)
+    eventually(lambda: before)
+    with pytest.raises(ec.WorkerStartupError, match="cannot load") as caught:
+        executor.restart()
+    executor.register_failure_callback(after.append)
+    eventually(lambda: after)
+
+    assert [caught.value] == after
+    assert [ec.WorkerDiedError] == [type(error) for error in before]
+
+
+def test_restarts_that_run_out(launch: Launch, tmp_path: Path) -> None:
+    """When no restart that is left succeeds, callbacks hear of the last failure, and of none on the way."""
+    broken = tmp_path / "broken"
+    executor = launch(2, fragile(broken), rpc={"max_restarts": 3})
+    told: list[str] = []
+    executor.register_failure_callback(lambda error: told.append(str(error)))
+    broken.touch()
+    kill(executor)
+    eventually(lambda: len(told) == 2)
+
+    assert (ec.State.FAILED, 3) == (executor.state, executor.generation)
+    assert ("SIGKILL" in told[0], "cannot load generation 3" in told[1]) == (True, True)
+    late: list[str] = []
+    executor.register_failure_callback(lambda error: late.append(str(error)))
+    eventually(lambda: late)
+    assert told[1:] == late
+    assert 2 == len(told)
+
+
+def test_callback_whose_restart_fails(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A callback that restarts in vain gets the error itself; it is called again only when the executor has tried by itself."""
+    broken = tmp_path / "broken"
+    executor = launch(2, fragile(broken), rpc={"max_restarts": 1}, log={"level": "error"})
+    told: list[str] = []
+    raised: list[str] = []
+
+    def restart(error: BaseException) -> None:
+        told.append(str(error))
+        try:
+            executor.restart()
+        except ec.WorkerStartupError as failure:
+            raised.append(str(failure))
+            raise
+
+    executor.register_failure_callback(restart)
+    broken.touch()
+    kill(executor)
+    records: list[dict[str, Any]] = []
+
+    def logged() -> int:
+        records.extend(json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{"))
+        return sum(record["event"] == "failure callback raised" for record in records)
+
+    eventually(lambda: logged() == 2)  # after the death, and after the one restart that was left
+
+    assert ["SIGKILL" in told[0], "generation 2" in told[1]] == [True, True]
+    assert ["generation 1" in raised[0], "generation 3" in raised[1]] == [True, True]
+    assert (2, 2, 3) == (len(told), len(raised), executor.generation)
+    failed = [record["exception"] for record in records if record["event"] == "restart failed"]
+    assert (1, True) == (len(failed), failed[0].startswith("WorkerStartupError: rank 1"))
 
 
 def test_callback_may_restart(launch: Launch) -> None:
@@ -208,3 +284,19 @@ def test_environment_of_the_next_generation(launch: Launch, monkeypatch: pytest.
     executor.restart()
 
     assert ["yes"] == executor.collective_rpc(lambda worker: os.environ.get("SINCE_THE_RESTART"))
+
+
+def test_private_directories_of_the_next_generation(launch: Launch) -> None:
+    """After a death the workers' private directories are gone, and the next ones are elsewhere, where nobody can guess."""
+    executor = launch(2)
+    roots = []
+    for _ in range(2):
+        paths = executor.collective_rpc(lambda worker: worker.context.private_dir)
+        (root,) = {os.path.dirname(path) for path in paths}
+        roots.append(root)
+        kill(executor)
+        executor.restart()
+        assert not os.path.exists(root)
+
+    ends = {root.rpartition("-")[2] for root in roots}
+    assert (2, {16}) == (len(ends), set(map(len, ends)))

@@ -31,6 +31,7 @@ def logged(text: str, event: str) -> list[dict[str, Any]]:
 def test_late_reply_is_dropped(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A call times out while rank 1 waits; the next one gets its own answer; the late reply is logged once."""
     executor, gate = launch(2, log={"level": "warning"}), Gate(tmp_path)
+    pid = executor.workers[1].pid
     with pytest.raises(ec.RpcTimeoutError) as caught:
         executor.collective_rpc(workers.wait_at, 0.3, args=(gate, 1))
     with pytest.raises(ec.RpcTimeoutError, match=r"rank 1 \(pid \d+\) has been in 'wait_at'"):
@@ -50,7 +51,9 @@ def test_late_reply_is_dropped(launch: Launch, tmp_path: Path, capfd: pytest.Cap
     assert "eventually(lambda: os.path.exists" in caught.value.stacks[1]  # the line that it waits in
     assert caught.value.stacks[1].rstrip() in str(caught.value)
     (late,) = logged(capfd.readouterr().err, "late reply dropped")
-    assert ("wait_at", 1) == (late["method"], late["from_rank"])
+    assert ("wait_at", 1, caught.value.request_id) == (late["method"], late["from_rank"], late["request_id"])
+    assert {1: pid} == caught.value.pids
+    assert f"ranks [1 (pid {pid})] have not answered" in str(caught.value)
 
 
 def test_late_error_is_dropped(launch: Launch, tmp_path: Path) -> None:

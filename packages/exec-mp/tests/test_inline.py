@@ -140,3 +140,22 @@ def test_arguments_go_with_their_call(launch: Launch, driver_worker: str, option
         eventually(lambda: gone() is None)  # the thread that has run it lets go of it last
     finally:
         gc.enable()
+
+
+def test_directories_of_the_other_ranks_stay_while_they_end(launch: Launch, tmp_path: Path) -> None:
+    """What rank 0 has in its private directory goes with rank 0, what the others have when all have ended."""
+
+    class Leaving(workers.EchoWorker):
+        def shutdown(self) -> None:
+            own = Path(self.context.private_dir)
+            if self.context.rank:
+                eventually(lambda: not (own.parent / "rank-0").exists())
+                (tmp_path / "seen").write_text((own / "file").read_text())
+
+    executor = launch(2, Leaving, parallel=INLINE)
+    paths = executor.collective_rpc(lambda worker: worker.context.private_dir)
+    Path(paths[1], "file").write_text("there")
+    executor.shutdown()
+
+    assert "there" == (tmp_path / "seen").read_text()
+    assert not Path(paths[0]).parent.exists()

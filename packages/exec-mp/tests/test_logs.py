@@ -91,3 +91,14 @@ def test_inherited_output_is_the_drivers() -> None:
     assert 2 == lines.count("by the operating system")
     events = [json.loads(line) for line in lines if line != "by the operating system"]
     assert {0, 1} == {event["rank"] for event in events if event["event"] == "by structlog"}
+
+
+def test_every_key_reaches_the_hosts_logging() -> None:
+    """Where the host has set up `logging`, a worker's events become its records, also those with keys that records have."""
+    program = PROGRAM.replace("{format}", "auto").replace("{output}", "log")
+    program = program.replace("step=1", 'step=1, name="n", args=1')
+    host = "import logging; logging.basicConfig(level='INFO', format='%(levelname)s %(message)s %(name_)s %(args_)s')\n"
+    filtered = "logging.getLogger().handlers[0].addFilter(lambda record: hasattr(record, 'name_'))\n"
+    done = subprocess.run([sys.executable, "-c", host + filtered + program], capture_output=True, text=True, check=True)
+
+    assert ["INFO by structlog n 1"] * 2 == done.stderr.splitlines()

@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
 
+from exec_core import private
 from exec_core.asynchronous import Room, awaited
-from exec_core.calls import Call, checked_timeout, chosen_ranks, deadline_after
+from exec_core.calls import Call, check_count, checked_timeout, chosen_ranks, deadline_after
 from exec_core.config import ExecutorConfig
 from exec_core.errors import ExecutorClosedError, WorkerDiedError
 from exec_core.group import WorkerGroup, WorkerInfo
@@ -68,10 +69,11 @@ class BaseExecutor(abc.ABC):
         self._progress_lock = threading.Lock()  # one progress report at a time
         self._restarts_left = config.rpc.max_restarts  # written by the failure thread only
         self._timeout_s = config.rpc.timeout_s
+        self._private_root = ""  # of this generation; swept by its group when all workers have ended
         self._room = Room()
         self._log = self._logger()
         _live.add(self)
-        self._start()
+        self._start(told=True)
 
     @abc.abstractmethod
     def _launch(self, deadline: float) -> WorkerGroup[Any]:
@@ -122,16 +124,17 @@ class BaseExecutor(abc.ABC):
     def _interrupt_launch(self) -> None:  # noqa: B027 # optional: not every backend waits for something
         """For subclasses: makes a `_launch` in progress, in another thread, give up."""
 
-    def _start(self) -> None:
+    def _start(self, told: bool) -> None:
         self._starter = threading.get_ident()
         self._started.clear()
         try:
-            self._run_start()
+            self._run_start(told)
         finally:
             self._started.set()
 
-    def _run_start(self) -> None:
+    def _run_start(self, told: bool) -> None:
         started = time.monotonic()
+        self._private_root = private.choose_root(f"{self._name}-{self.generation}")
         self._log.info("executor starting", world_size=self.world_size)
         try:
             group = self._group = self._launch(deadline_after(self._config.rpc.startup_timeout_s))
@@ -142,18 +145,18 @@ class BaseExecutor(abc.ABC):
                 self._raise_not_ready()
         except BaseException as error:
             shut_down = isinstance(error, Exception) and self.state in {State.CLOSING, State.CLOSED}
-            self._clean_up_start(error)
+            self._clean_up_start(error, told)
             if shut_down:
                 raise ExecutorClosedError("shut down while it was starting") from error
             raise
         self._log.info("executor ready", duration_ms=round((time.monotonic() - started) * 1e3, 1))
 
-    def _clean_up_start(self, error: BaseException) -> None:
-        self._log.error("executor did not start", error=f"{type(error).__name__}: {error}")
+    def _clean_up_start(self, error: BaseException, told: bool) -> None:
+        self._log.error("executor did not start", exception=_text(error))
         with self._closing:
             self._teardown(error)
         if self.generation:
-            self._lifecycle.move(State.FAILED, error)
+            self._lifecycle.move(State.FAILED, error, told)
         else:
             self._lifecycle.move(State.CLOSING)
             self._lifecycle.move(State.CLOSED)
@@ -227,15 +230,19 @@ class BaseExecutor(abc.ABC):
 
         Raises:
             ExecutorClosedError: when it is not in state FAILED.
-            WorkerStartupError: when the workers do not become ready; it stays FAILED.
+            WorkerStartupError: when the workers do not become ready; it stays FAILED. Callbacks for failures are not called
+                with what is raised here, but for those that are registered later.
         """
+        self._restart(told=True)
+
+    def _restart(self, told: bool) -> None:
         if not self._lifecycle.move(State.STARTING):
             raise ExecutorClosedError(f"restart() needs a failed executor, this one is {self.state.value}")
         with self._closing:
             self._teardown(ExecutorClosedError("the executor is being restarted"))
         self._log = self._logger()
         self._reset()
-        self._start()
+        self._start(told)
 
     def _reset(self) -> None:  # noqa: B027 # optional: not every subclass keeps anything
         """For subclasses: what they know of the workers of the last generation is void."""
@@ -243,12 +250,14 @@ class BaseExecutor(abc.ABC):
     def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:  # noqa: B027 # likewise
         """For subclasses: raises when ``ranks`` cannot take ``method`` now."""
 
-    def register_failure_callback(self, callback: Callable[[BaseException], object]) -> None:
-        """``callback(error)`` runs once for a failure, on a thread of its own, after all pending calls have failed.
+    def register_failure_callback(self, fn: Callable[[BaseException], object]) -> None:
+        """``fn(error)`` runs once for a failure, on a thread of its own, after all pending calls have failed.
 
-        At once when the executor has failed already. It may call `shutdown` or `restart`.
+        At once when the executor has failed already. It may call `shutdown` or `restart`, and raises what that raises: it is
+        not called again for a restart of its own. Where the executor restarts itself (``RpcConfig.max_restarts``), it is
+        called with what made that necessary, and again if none of the restarts that were left has succeeded.
         """
-        self._lifecycle.register(callback)
+        self._lifecycle.register(fn, self._log)
 
     def _fail(self, error: BaseException, fail_pending: Callable[[], None]) -> None:
         """For backends: a worker is gone. Moves to FAILED, fails what is pending, then tells the callbacks."""
@@ -256,15 +265,20 @@ class BaseExecutor(abc.ABC):
         fail_pending()
         if failed:
             self._lifecycle.notify(error, self._log, self._restart_by_itself)
-            self._log.error("executor failed", error=str(error), method=getattr(error, "method", None))
+            about = {key: getattr(error, key, None) for key in ("method", "request_id")}
+            self._log.error("executor failed", exception=_text(error), **about)
 
     def _restart_by_itself(self) -> None:
+        last = None
         while self._restarts_left > 0 and self.state is State.FAILED:
             self._restarts_left -= 1
             try:
-                self.restart()
+                self._restart(told=False)
             except Exception as error:
-                self._log.error("restart failed", error=str(error), restarts_left=self._restarts_left)
+                last = error
+                self._log.error("restart failed", exception=_text(error), restarts_left=self._restarts_left)
+        if last is not None:
+            self._lifecycle.tell(last, self._log)
 
     # Calls
 
@@ -354,8 +368,8 @@ class BaseExecutor(abc.ABC):
         runs = self._all_ranks if ranks is None else chosen_ranks("ranks", ranks, self._all_ranks)
         replies = runs if reply_ranks is None else chosen_ranks("reply_ranks", reply_ranks, runs)
         self._check_ranks(method, runs)
-        if max_concurrent_workers is not None and max_concurrent_workers < 1:
-            raise ValueError(f"max_concurrent_workers must be >= 1, got {max_concurrent_workers}")
+        if max_concurrent_workers is not None:
+            check_count("max_concurrent_workers", max_concurrent_workers)
         timeout_s = self._timeout_s if timeout is None else checked_timeout(timeout)
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         return self._call_type(
@@ -388,6 +402,10 @@ class BaseExecutor(abc.ABC):
                     self._on_progress(rank, done, total, what)
                 except Exception:  # the caller's, and whoever delivers it has other work to do
                     self._log.exception("on_progress raised")
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @atexit.register

@@ -63,6 +63,16 @@ def chosen_ranks(name: str, chosen: Sequence[Any], among: tuple[int, ...]) -> tu
     return tuple(sorted(picked))
 
 
+def check_count(name: str, count: Any) -> None:
+    """Nothing, for a number of something.
+
+    Raises:
+        ConfigError: for what is not an integer >= 1.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(name, "must be None or an integer >= 1", count)
+
+
 def checked_timeout(timeout: Any) -> float | None:
     """``timeout``, None for infinity, which means no limit.
 

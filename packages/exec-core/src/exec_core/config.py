@@ -144,7 +144,8 @@ class CacheConfig:
         block_size: tokens per block.
         gpu_memory_utilization: share of a device's memory that model and cache may take together, in (0, 1].
         cpu_swap_bytes: host memory for swapped-out blocks, per rank.
-        num_gpu_blocks, num_cpu_blocks: sizes in blocks that override profiling; None: profile.
+        num_gpu_blocks, num_cpu_blocks: sizes in blocks that ``Executor.determine_num_available_blocks`` returns instead of what
+            workers profile, whatever their class; None: profile.
     """
 
     block_size: int = attrs.field(default=16, validator=_int(1))
@@ -169,7 +170,8 @@ class RpcConfig:
             chooses. Where answers come regularly, it is awake around the usual time, for up to eight times that.
         inline_bytes: messages up to this size travel inside the ring slot.
         max_in_flight: calls sent and not yet acknowledged by all their ranks; None: at least 2 x (stages + 1).
-        max_message_bytes: a larger message is refused before anything is sent; None: no limit.
+        max_message_bytes: a larger request is refused before anything is sent, instead of a larger result comes an error of its
+            rank; both are `MessageTooLargeError`. Errors themselves arrive whatever their size. None: no limit.
         start_method: ``forkserver`` forks workers from a process that has ``preload`` imported; ``spawn`` starts fresh
             interpreters.
         preload: modules that the fork server imports. They must not compute or start threads on import.
@@ -205,6 +207,9 @@ class RpcConfig:
 @attrs.frozen(kw_only=True)
 class LogConfig:
     """Logs, see `exec_core.logs`.
+
+    ``worker_output`` and ``directory`` are about workers in processes of their own; one in the caller's process (uniproc, torchrun,
+    rank 0 with ``driver_worker="inline"``) writes where that does.
 
     Attributes:
         format: ``auto`` follows the host's logging configuration, else is console on a terminal and json elsewhere.
@@ -244,7 +249,9 @@ class ExecutorConfig:
             (``package.module:Class`` or ``package.module.Class``), which is imported in the worker only.
         worker_kwargs: passed on to ``worker_cls``; uniproc passes them by reference, the others pickle them.
         backend: ``mp``, ``uniproc``, ``torchrun``, the name of another installed backend, or an `Executor` class.
-        worker_env: extra environment, the same for all ranks, or a tuple with one mapping per rank.
+        worker_env: extra environment, the same for all ranks, or a tuple with one mapping per rank. A worker in the caller's process
+            (uniproc, torchrun, rank 0 with ``driver_worker="inline"``) has that of the process: there it is written into
+            ``os.environ``, and stays.
         output_rank: whose value ``execute_model`` returns; None: the first TP rank of the last PP stage.
     """
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-from exec_core import distributed
+from exec_core import distributed, private
 from exec_core.config import ExecutorConfig
 from exec_core.errors import ConfigError, WorldJoinError
 
@@ -18,7 +17,10 @@ ReportProgress = Callable[[int, int, str], None]
 
 @attrs.frozen(kw_only=True)
 class WorkerInit:
-    """What ``init_worker`` needs for one rank (see `WorkerContext` for the meanings)."""
+    """What ``init_worker`` needs for one rank (see `WorkerContext` for the meanings).
+
+    ``private_root`` is the executor's `BaseExecutor._private_root`; its group sweeps it in the end.
+    """
 
     config: ExecutorConfig
     rank: int
@@ -68,6 +70,7 @@ class WorkerContext:
     _given_up: Callable[[], bool] = lambda: False
     _progress: ReportProgress = lambda done, total, what: None
     _membership: distributed.Membership | None = None
+    _private_dir: str | None = None  # once it has been asked for: the rank may become another
     _replicas: int | None = None  # of the world joined, where that is not the one it was made for
 
     @property
@@ -114,11 +117,16 @@ class WorkerContext:
 
     @property
     def private_dir(self) -> str:
-        """A directory of this rank's own (mode 0700), made on first use and swept when the generation ends."""
-        path = os.path.join(self.private_root, f"rank-{self.rank}")
-        os.makedirs(self.private_root, mode=0o700, exist_ok=True)
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        return path
+        """A directory of this rank's own (mode 0700), made on first use and swept when the generation ends.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        if self._private_dir is None:
+            self._private_dir = os.path.join(self.private_root, f"rank-{self.rank}")
+        for path in (self.private_root, self._private_dir):
+            private.make(path)
+        return self._private_dir
 
     def report_progress(self, done: int, total: int, what: str) -> None:
         """Tells the driver how far a long step is: ``done`` of ``total`` units of ``what``."""
@@ -195,5 +203,6 @@ class WorkerContext:
             if self.in_driver or backend != "gloo":
                 self.leave()
         finally:
-            if self.in_driver:  # elsewhere the launcher sweeps, which also outlives a killed worker
-                shutil.rmtree(self.private_root, ignore_errors=True)
+            # Elsewhere the launcher sweeps, which also outlives a killed worker. Other ranks may still use the root.
+            if self.in_driver and self._private_dir is not None:
+                private.sweep(self._private_dir)

@@ -88,7 +88,7 @@ class SerializationError(ExecutorError, pickle.PicklingError, TypeError):
 
 
 class MessageTooLargeError(ExecutorError, ValueError):
-    """A message exceeds a limit. Nothing was sent.
+    """A message, a request or a result, exceeds a limit and was not sent.
 
     Attributes:
         nbytes: size of the message in bytes.
@@ -136,7 +136,8 @@ class ExecutorFailedError(ExecutorError):
     def __init__(self, failure: BaseException, method: str | None = None) -> None:
         self.method = method
         called = f"{method!r} was not sent: " if method else ""
-        super().__init__(f"{called}the executor has failed ({failure}); call restart() or shutdown()")
+        remedy = "" if "restart()" in str(failure) else "; call restart() or shutdown()"  # once is enough
+        super().__init__(f"{called}the executor has failed ({failure}){remedy}")
 
 
 class WorkerStartupError(ExecutorError):
@@ -161,7 +162,7 @@ class WorkerDiedError(ExecutorError):
         rank, pid: the worker; None when all went at once, with the process that forked them.
         exit_code: its exit code, or None when a signal ended it or the code is unknown.
         signal_name: such as ``SIGKILL``, or None.
-        method: the call it was in, or None when idle.
+        method, request_id: the call it was in, and its number in the logs; None when idle.
         last_log_lines: what it last wrote, oldest first.
     """
 
@@ -173,32 +174,37 @@ class WorkerDiedError(ExecutorError):
         exit_code: int | None = None,
         signal_name: str | None = None,
         method: str | None = None,
+        request_id: int | None = None,
         last_log_lines: Sequence[str] = (),
         why: str = "",
+        remedy: str = "call restart() or shutdown(), or set RpcConfig.max_restarts",
     ) -> None:
         self.rank, self.pid, self.exit_code, self.signal_name = rank, pid, exit_code, signal_name
-        self.method, self.last_log_lines = method, tuple(last_log_lines)
-        if signal_name is not None:
-            how = f"was killed by {signal_name}"
-        elif exit_code is not None:
-            how = f"exited with code {exit_code}"
+        self.method, self.request_id, self.last_log_lines, self.why = method, request_id, tuple(last_log_lines), why
+        super().__init__(self.described(remedy))
+
+    def described(self, remedy: str = "") -> str:
+        """What happened, what to do about it, and what the worker last wrote."""
+        if self.signal_name is not None:
+            how = f"was killed by {self.signal_name}"
+        elif self.exit_code is not None:
+            how = f"exited with code {self.exit_code}"
         else:
             how = "is gone, exit code unknown"
-        where = f" in {method!r}" if method else " while idle"
-        who = f"rank {rank} (pid {pid}) {how}{where}"
-        text = f"all workers are gone: {why}" if rank is None else who + (f": {why}" if why else "")
-        if last_log_lines:
-            text += "; its last lines:\n  " + "\n  ".join(last_log_lines)
-        super().__init__(text)
+        where = f" in {self.method!r}" if self.method else " while idle"
+        text = "all workers are gone" if self.rank is None else f"rank {self.rank} (pid {self.pid}) {how}{where}"
+        text += (f": {self.why}" if self.why else "") + (f"; {remedy}" if remedy else "")
+        return text + ("; its last lines:\n  " + "\n  ".join(self.last_log_lines) if self.last_log_lines else "")
 
 
 class RpcTimeoutError(ExecutorError, TimeoutError):
     """A call's deadline passed. The executor stays usable; the late replies are dropped.
 
     Attributes:
-        method: the call.
+        method, request_id: the call, and its number in the logs where it has one.
         timeout_s: its limit in seconds.
         answered_ranks, pending_ranks: who has acknowledged and who has not.
+        pids: processes of the pending ranks, by rank, where they are known.
         stacks: Python stack of each pending rank that could be asked, by rank.
     """
 
@@ -210,13 +216,17 @@ class RpcTimeoutError(ExecutorError, TimeoutError):
         pending_ranks: Sequence[int],
         stacks: Mapping[int, str] | None = None,
         why: str = "",
+        pids: Mapping[int, int] | None = None,
+        request_id: int | None = None,
     ) -> None:
-        self.method, self.timeout_s = method, timeout_s
+        self.method, self.timeout_s, self.request_id = method, timeout_s, request_id
         self.answered_ranks, self.pending_ranks = tuple(answered_ranks), tuple(pending_ranks)
         self.stacks, self.why = dict(stacks or {}), why
+        self.pids = {rank: pids[rank] for rank in self.pending_ranks if rank in pids} if pids else {}
+        pending = ", ".join(f"{r} (pid {self.pids[r]})" if r in self.pids else str(r) for r in self.pending_ranks)
         text = (
             f"{method!r} took longer than {timeout_s:g} s" + (f" ({why})" if why else "") + ": "
-            f"ranks {list(self.pending_ranks)} have not answered, ranks {list(self.answered_ranks)} have; "
+            f"ranks [{pending}] have not answered, ranks {list(self.answered_ranks)} have; "
             "raise the timeout, or see check_health() and workers for what they are doing"
         )
         for rank, stack in self.stacks.items():
@@ -225,7 +235,8 @@ class RpcTimeoutError(ExecutorError, TimeoutError):
 
     def with_stacks(self, stacks: Mapping[int, str]) -> RpcTimeoutError:
         """The same error with the stacks of the pending ranks."""
-        return RpcTimeoutError(self.method, self.timeout_s, self.answered_ranks, self.pending_ranks, stacks, self.why)
+        ranks = self.answered_ranks, self.pending_ranks
+        return RpcTimeoutError(self.method, self.timeout_s, *ranks, stacks, self.why, self.pids, self.request_id)
 
 
 class RankDivergenceError(ExecutorError):

@@ -102,19 +102,32 @@ class Executor(BaseExecutor):
             end.result()
 
     def determine_num_available_blocks(self) -> tuple[int, int]:
-        """KV blocks that fit on every rank: ``(num_gpu_blocks, num_cpu_blocks)``, the minimum over the ranks."""
+        """KV blocks that fit on every rank: ``(num_gpu_blocks, num_cpu_blocks)``, the minimum over the ranks.
+
+        A number that `CacheConfig` has is taken instead of theirs, and with both of them no worker is asked: profiling takes
+        long, and may not even work where somebody knows better.
+        """
+        gpu, cpu = self._config.cache.num_gpu_blocks, self._config.cache.num_cpu_blocks
+        if gpu is not None and cpu is not None:
+            self.check_open("determine_num_available_blocks")
+            return gpu, cpu
         limit = self._config.rpc.startup_timeout_s
-        answers = self.collective_rpc("determine_num_available_blocks", float("inf") if limit is None else limit)
-        return min(int(gpu) for gpu, _ in answers), min(int(cpu) for _, cpu in answers)
+        answers = self._profiled_blocks(math.inf if limit is None else limit)
+        least_gpu, least_cpu = min(int(gpus) for gpus, _ in answers), min(int(cpus) for _, cpus in answers)
+        return least_gpu if gpu is None else gpu, least_cpu if cpu is None else cpu
+
+    def _profiled_blocks(self, timeout: float) -> list[Any]:
+        """For subclasses: what each rank answers."""
+        return self.collective_rpc("determine_num_available_blocks", timeout)
 
     def initialize_cache(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None:
         """Allocates the KV cache on every rank."""
         self._log.info("kv cache", num_gpu_blocks=num_gpu_blocks, num_cpu_blocks=num_cpu_blocks)
         self.collective_rpc("initialize_cache", args=(num_gpu_blocks, num_cpu_blocks))
 
-    def apply_model(self, function: Callable[[Any], T]) -> list[T]:
-        """``function(model)`` on every rank."""
-        return self.collective_rpc(_apply_model, args=(function,))
+    def apply_model(self, fn: Callable[[Any], T]) -> list[T]:
+        """``fn(model)`` on every rank."""
+        return self.collective_rpc(_apply_model, args=(fn,))
 
     @property
     def is_sleeping(self) -> bool:
@@ -216,5 +229,5 @@ def _only(values: list[Any]) -> Any:
     return values[0]
 
 
-def _apply_model(worker: Any, function: Callable[[Any], T]) -> T:
-    return function(worker.get_model())
+def _apply_model(worker: Any, fn: Callable[[Any], T]) -> T:
+    return fn(worker.get_model())

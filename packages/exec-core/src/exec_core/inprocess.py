@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from exec_core import private
 from exec_core.asynchronous import Room
 from exec_core.calls import Call
 from exec_core.context import WorkerInit
@@ -77,9 +78,7 @@ class InProcessGroup:
         if reply is None:
             if job.dropped:
                 raise ExecutorClosedError("the executor was shut down", call.name)
-            raise RpcTimeoutError(
-                call.name, call.timeout_s or 0.0, (), call.ranks, why="an earlier call is still running"
-            )
+            raise self._timed_out(call, "an earlier call is still running")
         return self._outcome(call, reply)
 
     def _outcome(self, call: Call, reply: Reply) -> Any:
@@ -154,7 +153,11 @@ class InProcessGroup:
         call = self._pending.get(future)
         if call is not None and self._forget(future):
             self._late.append(call)
-            self._end(future, RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks))
+            self._end(future, self._timed_out(call))
+
+    def _timed_out(self, call: Call, why: str = "") -> RpcTimeoutError:
+        pids = {self._rank: os.getpid()}
+        return RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=why, pids=pids)
 
     @staticmethod
     def _end(future: Future[Any], error: BaseException) -> None:
@@ -180,7 +183,10 @@ class InProcessGroup:
                 self._end(future, error)
         self._deadlines.close()
         if self._inline.close(deadline):
-            self._wrapper.shutdown()
+            try:
+                self._wrapper.shutdown()
+            finally:
+                private.sweep(self.inits[0].private_root)  # this rank's alone: each has a driver of its own
         elif self._wrapper.context is not None:
             self._wrapper.context.log.warning(
                 "a worker method is still running in this process; its worker is not shut down"

@@ -9,7 +9,7 @@ import enum
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from exec_core.errors import ExecutorClosedError, ExecutorFailedError
@@ -49,19 +49,26 @@ class Lifecycle:
         self.failure: BaseException | None = None
         self.generation = 0
         self._doomed: BaseException | None = None  # a death during the start, which then must not become READY
-        self._notified: BaseException | None = None  # the failure whose callbacks have been taken
+        self._told: BaseException | None = None  # the failure that has been told: who comes later hears it at once
         self._callbacks: list[FailureCallback] = []
         self._lock = threading.Lock()
         _lifecycles.add(self)
 
-    def move(self, to: State, failure: BaseException | None = None) -> bool:
-        """Moves to ``to``; False, and nothing happens, when that is not allowed from the present state."""
+    def move(self, to: State, failure: BaseException | None = None, told: bool = False) -> bool:
+        """Moves to ``to``; False, and nothing happens, when that is not allowed from the present state.
+
+        Args:
+            failure: why, for a move to FAILED.
+            told: somebody is told of ``failure`` in another way: only callbacks that register later hear of it.
+        """
         with self._lock:
             if to not in _MOVES[self.state] or (to is State.READY and self._doomed is not None):
                 return False
             self.state = to
             if to is State.FAILED:
                 self.failure = failure
+                if told:
+                    self._told = failure
             elif to is State.STARTING:
                 self.failure = self._doomed = None
                 self.generation += 1
@@ -98,28 +105,46 @@ class Lifecycle:
             raise ExecutorFailedError(failure, method) from failure
         raise ExecutorClosedError(f"the executor is {self.state.value}", method)
 
-    def register(self, callback: FailureCallback) -> None:
-        """``callback`` will run once for each failure; at once, on its own thread, when there has been one already."""
+    def register(self, fn: FailureCallback, log: Any) -> None:
+        """``fn`` will run once for each failure; at once, on its own thread, when one has been told already."""
         with self._lock:
-            self._callbacks.append(callback)
-            late = self.failure if self.failure is not None and self._notified is self.failure else None
+            self._callbacks.append(fn)
+            late = self.failure if self.failure is not None and self._told is self.failure else None
         if late is not None:
-            threading.Thread(target=callback, args=(late,), name="exec-failure", daemon=True).start()
+            _on_own_thread(lambda: _run([fn], late, log))
 
     def notify(self, error: BaseException, log: Any, then: Callable[[], None]) -> None:
         """Runs the callbacks with ``error``, then ``then``, on a thread of their own: both may shut down or restart."""
 
         def run() -> None:
             with self._lock:
-                callbacks, self._notified = list(self._callbacks), error
-            for callback in callbacks:
-                try:
-                    callback(error)
-                except Exception:  # the others still have to hear of it
-                    log.exception("failure callback raised")
+                callbacks = list(self._callbacks)
+                if self.failure is error:  # else a restart has come first
+                    self._told = error
+            _run(callbacks, error, log)
             then()
 
-        threading.Thread(target=run, name="exec-failure", daemon=True).start()
+        _on_own_thread(run)
+
+    def tell(self, error: BaseException, log: Any) -> None:
+        """Runs the callbacks, on this thread, with ``error``, which nobody has been told of; unless things have moved on."""
+        with self._lock:
+            if self.failure is not error or self._told is error:
+                return
+            callbacks, self._told = list(self._callbacks), error
+        _run(callbacks, error, log)
+
+
+def _on_own_thread(run: Callable[[], None]) -> None:
+    threading.Thread(target=run, name="exec-failure", daemon=True).start()
+
+
+def _run(callbacks: Sequence[FailureCallback], error: BaseException, log: Any) -> None:
+    for fn in callbacks:
+        try:
+            fn(error)
+        except Exception:  # the others still have to hear of it
+            log.exception("failure callback raised")
 
 
 _lifecycles: weakref.WeakSet[Lifecycle] = weakref.WeakSet()

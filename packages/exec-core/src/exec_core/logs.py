@@ -67,7 +67,7 @@ def driver_logger(config: LogConfig, name: str, **bound: object) -> structlog.ty
         logger = structlog.get_logger(name)
         return logger.bind(logger=name, **bound)  # type: ignore[no-any-return] # whatever the host's is
     if config.format == "auto" and logging.getLogger().handlers:
-        processors: list[Processor] = [structlog.stdlib.render_to_log_kwargs]
+        processors: list[Processor] = [_to_record]
         sink: WrappedLogger = logging.getLogger(name)
     else:
         processors = [*_common(), *_renderers(resolve_format(config))]
@@ -78,6 +78,36 @@ def driver_logger(config: LogConfig, name: str, **bound: object) -> structlog.ty
         wrapper_class=structlog.make_filtering_bound_logger(config.level),
         context_class=dict,
     ).bind(logger=name, **bound)
+
+
+def _to_record(logger: logging.Logger, _: str, event: EventDict) -> EventDict:
+    """The arguments for a method of the host's logger: what is none of them becomes an attribute of its record.
+
+    Keys that every record has get an underscore: `logging` raises for them, and a log line must not fail a call.
+    """
+    valid: dict[str, Callable[[object], bool]] = {
+        "exc_info": _is_exc_info,
+        "stack_info": lambda wanted: True,  # anything is true or false
+        "stacklevel": lambda level: isinstance(level, int),
+    }
+    arguments = {key: event.pop(key) for key, test in valid.items() if key in event and test(event[key])}
+    arguments["msg"] = event.pop("event")
+    # The record of a factory of the host's, which may have given it attributes of its own.
+    record = logger.makeRecord(logger.name, logging.INFO, "", 0, "", (), None)
+    taken = {*vars(record), "message", "asctime"}
+    extra = {key: value for key, value in event.items() if key not in taken}
+    for key in event.keys() - extra.keys():
+        name = f"{key}_"
+        while name in taken or name in extra:
+            name += "_"
+        extra[name] = event[key]
+    return {**arguments, "extra": extra}
+
+
+def _is_exc_info(value: object) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == 3 and isinstance(value[1], BaseException | None)  # as of sys.exc_info
+    return isinstance(value, BaseException | int | None)
 
 
 def configure_worker(fmt: str, level: str, **bound: object) -> None:
@@ -149,7 +179,10 @@ def _renderers(fmt: str) -> list[Processor]:
             _in_order,
             structlog.processors.JSONRenderer(default=repr),
         ]
-    return [_rank_prefix, structlog.dev.ConsoleRenderer(colors=sys.stderr is not None and sys.stderr.isatty())]
+    colors = sys.stderr is not None and sys.stderr.isatty()
+    # Plainly: an exception may be text already, from another process, which a formatter of tracebacks warns about.
+    formatter = structlog.dev.plain_traceback
+    return [_rank_prefix, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=formatter)]
 
 
 _stack_text = structlog.processors.StackInfoRenderer()
@@ -163,4 +196,7 @@ def _rank_prefix(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     who = "driver" if event.get("rank") is None else f"rank {event['rank']}"
     for key in ("rank", "executor", "backend", "generation"):
         event.pop(key, None)
+    for key in ("exception", "stack"):  # which the renderer takes for text
+        if event.get(key) is not None:
+            event[key] = str(event[key])
     return {**event, "event": f"[{who}] {event.get('event')}"}

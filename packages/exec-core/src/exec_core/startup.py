@@ -73,4 +73,4 @@ class Phases:
 
 def died(error: WorkerDiedError, phase: str) -> WorkerStartupError:
     """What a worker's end during the start is to the caller."""
-    return WorkerStartupError(error.rank, phase, str(error), error.pid)
+    return WorkerStartupError(error.rank, phase, error.described(), error.pid)

@@ -74,7 +74,10 @@ class Worker:
         raise NotImplementedError(f"{type(self).__name__} does not implement get_model")
 
     def determine_num_available_blocks(self) -> tuple[int, int]:
-        """How many KV blocks fit: ``(num_gpu_blocks, num_cpu_blocks)``. Default: what `CacheConfig` says, else 0."""
+        """How many KV blocks fit: ``(num_gpu_blocks, num_cpu_blocks)``. Default: what `CacheConfig` says, else 0.
+
+        It need not look at `CacheConfig`: the executor does, and does not ask where both numbers are there.
+        """
         cache = self.context.config.cache
         return cache.num_gpu_blocks or 0, cache.num_cpu_blocks or 0
 
@@ -110,7 +113,11 @@ class Worker:
         return box[0]
 
     def check_health(self) -> None:
-        """Raises when this worker cannot go on."""
+        """Raises when this worker cannot go on.
+
+        Called by who wants to know, as ``collective_rpc("check_health")``, and in its turn after earlier calls.
+        `Executor.check_health` does not call it: that looks at the ranks from outside and never queues behind their work.
+        """
 
     def sleep(self, level: int = 1) -> None:
         """Gives device memory back: level 1 keeps the weights in host memory, level 2 drops them."""

@@ -32,7 +32,7 @@ class Answers:
         pids: process of each rank, for errors.
         finish: delivers a finished entry that has a future.
         progress: ``fn(rank, done, total, what)``.
-        late: told of a reply that came too late, once per call.
+        late: told of a call with a reply that came too late, once.
 
     Attributes:
         todo: what answers have led to, to be done with neither the lock nor the lead. Popped by anyone.
@@ -47,7 +47,7 @@ class Answers:
         *,
         finish: Callable[[Entry], None],
         progress: Callable[[int, int, int, str], None],
-        late: Callable[[int, str], None],
+        late: Callable[[Entry], None],
     ) -> None:
         self._channel, self._calls, self._lock, self._pids = channel, calls, lock, pids
         self._finish, self._progress, self._late = finish, progress, late
@@ -66,7 +66,7 @@ class Answers:
                 self.open_gates()
         for entry in closed:
             if entry.late is not None:
-                self.todo.append(functools.partial(self._late, entry.late, entry.name))
+                self.todo.append(functools.partial(self._late, entry))
             elif (entry.future is not None or entry.waiter is not None) and not entry.claimed:
                 self.deliver(entry)
         # After recording: interrupted in between, a reply is read again and recognised.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -102,8 +102,9 @@ class Calls:
     by whoever leads. What they do takes effect in single steps of the interpreter, and the others look at copies.
     """
 
-    def __init__(self, max_in_flight: int, world_size: int) -> None:
+    def __init__(self, max_in_flight: int, world_size: int, pids: Mapping[int, int] | None = None) -> None:
         self.max_in_flight = max_in_flight
+        self._pids: Mapping[int, int] = {} if pids is None else pids  # by rank, for errors
         self.closed_by: BaseException | None = None  # nothing is opened any more
         self.in_flight: dict[int, Entry] = {}  # by id, oldest first
         self.gated: list[Entry] = []  # those of them that start rank by rank, oldest first
@@ -278,7 +279,8 @@ class Calls:
             error.add_note(f"ranks {pending} are still inside {entry.name!r}")
         else:
             answered = [rank for rank in entry.ranks if rank not in pending]
-            error = RpcTimeoutError(entry.name, entry.timeout_s or 0.0, answered, pending)
+            limit, pids = entry.timeout_s or 0.0, self._pids
+            error = RpcTimeoutError(entry.name, limit, answered, pending, pids=pids, request_id=entry.id)
         self._finish(entry, error)
         return True
 

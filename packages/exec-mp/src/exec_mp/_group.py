@@ -63,8 +63,8 @@ class ProcessGroup:
         self._max_message_bytes = config.rpc.max_message_bytes
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
-        self._calls = Calls(config.max_in_flight, len(inits))
-        self._processes = Processes(parts.session, parts.processes, self._method_of, self._died)
+        self._calls = Calls(config.max_in_flight, len(inits), parts.pids)
+        self._processes = Processes(parts.session, parts.processes, self._call_of, self._died)
         self._closed = False
         self._wrapper = self._inline = None
         if 0 not in channel.remote_ranks:
@@ -80,7 +80,9 @@ class ProcessGroup:
             parts.pids,
             finish=self._finish,
             progress=hooks.progress,
-            late=lambda rank, name: hooks.log.warning("late reply dropped", method=name, from_rank=rank),
+            late=lambda entry: hooks.log.warning(
+                "late reply dropped", method=entry.name, request_id=entry.id, from_rank=entry.late
+            ),
         )
         handlers = {**self._processes.handlers(), **outputs}
         self._receiver = Receiver(
@@ -266,7 +268,8 @@ class ProcessGroup:
         full = count >= limit
         why = "no room" if full else "a rank is far behind and the ring is full"
         if call.future is None:
-            raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=f"not sent: {why}")
+            late = f"not sent: {why}"
+            raise RpcTimeoutError(call.name, call.timeout_s or 0.0, (), call.ranks, why=late, pids=self._pids)
         remedy = "wait for a call, or raise RpcConfig.max_in_flight"
         raise ExecutorBusyError(call.name, why, count, limit, remedy)
 
@@ -348,11 +351,12 @@ class ProcessGroup:
 
     # Ends of workers
 
-    def _method_of(self, rank: int) -> str | None:
-        """The call that ``rank`` is in, or was when it ended."""
+    def _call_of(self, rank: int) -> tuple[str | None, int | None]:
+        """The call that ``rank`` is in, or was when it ended: its method and its number."""
         with self._lock:
             call_id = 0 if self._closed else self._channel.current(rank)[0]
-            return self._calls.name_of(call_id) if call_id else None
+            name = self._calls.name_of(call_id) if call_id else None
+            return name, None if name is None else call_id
 
     def _died(self, error: BaseException) -> None:
         self._hooks.failed(error, lambda: self._fail_pending(error))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 
+from exec_core import private
 from exec_core.asynchronous import Room
 from exec_mp._driver_channel import DriverChannel
 from exec_mp._launcher import Session
@@ -87,7 +87,7 @@ class Parts:
         """First the workers end, should any still run, then what they use is taken away."""
         self.session.close()
         self._await_ends()
-        shutil.rmtree(self._private_root, ignore_errors=True)  # a fork server that was killed could not
+        private.sweep(self._private_root)  # a fork server that was killed could not
         self._made.close()
         while self.processes:  # last: a stack report may be sending a signal until `Stacks.close`
             os.close(self.processes.popitem()[1].pidfd)

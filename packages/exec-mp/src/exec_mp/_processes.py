@@ -47,7 +47,7 @@ class Processes:
     """Watches the processes of the remote ranks.
 
     Args:
-        method_of: the call that a rank is in.
+        call_of: method and number of the call that a rank is in.
         died: told of the first one that ends unasked, when the others are being stopped already.
     """
 
@@ -55,11 +55,11 @@ class Processes:
         self,
         session: Session,
         processes: Mapping[int, Process],
-        method_of: Callable[[int], str | None],
+        call_of: Callable[[int], tuple[str | None, int | None]],
         died: Callable[[BaseException], None],
     ) -> None:
         self._session, self._processes = session, dict(processes)
-        self._method_of, self._died = method_of, died
+        self._call_of, self._died = call_of, died
         self._oom = OomWatch()
         self.alive = frozenset(processes)
         self.ended = threading.Event()  # none is alive
@@ -120,8 +120,9 @@ class Processes:
 
     def _report(self, end: Exited, ends: Sequence[Exited]) -> None:
         code, killed_by = (end.code, None) if end.code is None or end.code >= 0 else (None, signal_name(-end.code))
+        method, request_id = self._call_of(end.rank)
         error = WorkerDiedError(
-            end.rank, end.pid, exit_code=code, signal_name=killed_by, method=self._method_of(end.rank),
+            end.rank, end.pid, exit_code=code, signal_name=killed_by, method=method, request_id=request_id,
             last_log_lines=self._processes[end.rank].last_lines(), why=self._oom.hint() if killed_by == "SIGKILL" else "",
         )  # fmt: skip
         for other in ends:

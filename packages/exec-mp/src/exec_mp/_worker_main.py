@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import os
 import queue
 import random
 import sys
@@ -20,7 +21,7 @@ import time
 from typing import Any
 
 from exec_core import messages
-from exec_core.errors import ExecutorError
+from exec_core.errors import ExecutorError, MessageTooLargeError
 from exec_core.messages import Encoded, Reply, Status, method_name
 from exec_core.worker import as_async_output
 from exec_core.wrapper import DONE, WorkerWrapper, select_device, set_threads, settle
@@ -35,10 +36,14 @@ _MAX_PROGRESS_BACKLOG = 8
 
 
 class Replier:
-    """Sends replies from whichever thread has one."""
+    """Sends replies from whichever thread has one.
 
-    def __init__(self, channel: WorkerChannel) -> None:
-        self._channel = channel
+    Args:
+        max_message_bytes: a larger result becomes an error; errors arrive whatever their size. None: no limit.
+    """
+
+    def __init__(self, channel: WorkerChannel, rank: int, max_message_bytes: int | None) -> None:
+        self._channel, self._rank, self._max_message_bytes = channel, rank, max_message_bytes
         self._lock = threading.Lock()  # one writer of the reply ring at a time
         self._progress_at = 0.0  # when progress was sent last; guarded by _lock
         self.unsettled: set[int] = set()  # calls with an async output; taken out by who finishes those, after the reply
@@ -51,22 +56,30 @@ class Replier:
         self._publish(call_id, Status.VALUE, NOTHING, 0)
 
     def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
-        status, body, error = Status.VALUE, NOTHING, reply.error
-        if error is None and wants_value and reply.value is not None:
+        body = NOTHING
+        if reply.error is None and wants_value and reply.value is not None:
             try:
-                body = messages.encode(reply.value, f"the result of {name!r}")
-            except BaseException as unpicklable:  # pickling runs the user's code, which may also exit
-                error = unpicklable
-        if error is not None:
-            status, body = Status.ERROR, _encode_error(error)
-        self._publish(call_id, status, body, reply.time_ns)
+                body = self._encode(name, reply.value)
+            except BaseException as unsendable:  # pickling runs the user's code, which may also exit
+                reply = Reply.of_error(unsendable)
+        if reply.error is None:
+            self._publish(call_id, Status.VALUE, body, 0)
+        else:
+            self._publish(call_id, Status.ERROR, _encode_error(reply.error), reply.time_ns)
+
+    def _encode(self, name: str, value: Any) -> Encoded:
+        body, limit = messages.encode(value, f"the result of {name!r}"), self._max_message_bytes
+        if limit is not None and body.nbytes > limit:
+            what = f"the result of {name!r} on rank {self._rank} (pid {os.getpid()})"
+            raise MessageTooLargeError(what, body.nbytes, limit, "raise RpcConfig.max_message_bytes or return less")
+        return body
 
     def _publish(self, call_id: int, status: int, body: Encoded, time_ns: int) -> None:
         with self._lock:
             try:
                 self._channel.publish(call_id, status, body, time_ns)
             except ExecutorError as unsendable:  # too large, or no memory: the small error always fits
-                self._channel.publish(call_id, Status.ERROR, messages.encode_error(unsendable), time_ns)
+                self._channel.publish(call_id, Status.ERROR, messages.encode_error(unsendable), time.monotonic_ns())
 
     def progress(self, done: int, total: int, what: str) -> None:
         now = time.monotonic()
@@ -160,7 +173,7 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
     outputs.close()
 
 
-def main(geometry: Geometry, rank: int, threads: int | None) -> None:
+def main(geometry: Geometry, rank: int, threads: int | None, max_message_bytes: int | None) -> None:
     """Entry of a worker process, with its descriptors in place."""
     faulthandler.enable(all_threads=False)  # as for stack reports: other threads may be running
     random.seed()
@@ -171,7 +184,7 @@ def main(geometry: Geometry, rank: int, threads: int | None) -> None:
         set_threads(threads)
     channel = WorkerChannel(CHANNEL_FD, geometry, rank, BELL_FD, DRIVER_BELL_FD)
     StackReporter(STACK_BELL_FD, STACKS_FD, rank, channel.count_stack)
-    replier = Replier(channel)
+    replier = Replier(channel, rank, max_message_bytes)
     wrapper = WorkerWrapper(rank, replier.progress)
     # Whatever this raises, the channel is broken and the driver must see the process end: no clean-up that may hang.
     serve(channel, wrapper, replier)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -112,7 +111,8 @@ class MultiprocessingDistributedExecutor(Executor):
         threads = devices.threads_per_worker(device, size, {**os.environ, **env}) if handled else None
         if threads is not None and cores is not None and device.threads_per_worker is None:
             threads = min(threads, len(cores))
-        boot = boot_record("exec_mp._worker_main:main", (parts.channel.geometry, rank, threads), env, cores)
+        arguments = parts.channel.geometry, rank, threads, self._config.rpc.max_message_bytes
+        boot = boot_record("exec_mp._worker_main:main", arguments, env, cores)
         execs = self._config.rpc.start_method == "spawn" or any(name.startswith(_READ_AT_IMPORT) for name in env)
         fds = [*parts.output[rank].descriptors, parts.rendezvous, parts.channel.fd, parts.channel.bells[rank]]
         fds += [parts.channel.bell, parts.stacks.bells[rank], parts.stacks.memory]
@@ -127,14 +127,6 @@ class MultiprocessingDistributedExecutor(Executor):
             arena_bytes=_ARENA_BYTES,
             spin_s=SPIN_S if rpc.spin_s == "auto" else rpc.spin_s,
         )
-
-    @property
-    def _private_root(self) -> str:
-        try:
-            directory = tempfile.gettempdir()
-        except FileNotFoundError:  # nothing can be written; workers that never ask for a directory do not care
-            directory = os.environ.get("TMPDIR", "/tmp")  # noqa: S108 # it will be refused, and so be named
-        return os.path.join(directory, f"{self._name}-{self.generation}")
 
     def _init(self, rank: int, placement: Placement, rendezvous: int | None, in_driver: bool) -> WorkerInit:
         relay = "relay" if self._config.log.worker_output == "log" else ""

@@ -237,7 +237,8 @@ class GuardedWrapper(WorkerWrapper):
     def _died(self, verdict: Frame, method: str | None = None) -> WorkerDiedError:
         index, pid = verdict.parts[0]
         why = "its connection to the other ranks has ended"
-        return WorkerDiedError(self._first + index, int(pid) or None, method=method, why=why)
+        remedy = "call restart() on every rank, or shutdown()"
+        return WorkerDiedError(self._first + index, int(pid) or None, method=method, why=why, remedy=remedy)
 
     def check(self) -> None:
         """Says so if a rank is known to be gone, also between calls. It looks only, from any thread."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -126,7 +124,7 @@ class ExecutorWithExternalLauncher(Executor):
             local_rank=local_rank,
             distributed_init_method=init_method,
             device_name={"cuda": f"cuda:{index}", "cpu": "cpu", "none": None}[placement.kind],
-            private_root=os.path.join(tempfile.gettempdir(), f"{self._name}-{self.generation}"),
+            private_root=self._private_root,
             executor=self._name,
             backend=self.backend,
             generation=self.generation,
@@ -167,14 +165,10 @@ class ExecutorWithExternalLauncher(Executor):
         group = self._group or self._open_group(call)
         return group.submit(call, wait=True) if non_block else group.run(call)
 
-    def determine_num_available_blocks(self) -> tuple[int, int]:
-        """KV blocks that fit on every rank of the replica: ``(num_gpu_blocks, num_cpu_blocks)``, the same on all of them."""
-        # Free memory differs between ranks. Their link takes the minimum: unlike a collective it needs no process group.
-        limit = self._config.rpc.startup_timeout_s
-        answers = self.collective_rpc(
-            "determine_num_available_blocks", math.inf if limit is None else limit, gather=True
-        )
-        return min(int(gpu) for gpu, _ in answers), min(int(cpu) for _, cpu in answers)
+    def _profiled_blocks(self, timeout: float) -> list[Any]:
+        # Free memory differs between ranks. Their link takes the answers to all: unlike a collective it needs no process group.
+        answers: list[Any] = self.collective_rpc("determine_num_available_blocks", timeout, gather=True)
+        return answers
 
     def check_health(self) -> None:
         """Raises as that of `Executor` does, also when another rank of the replica has gone since the last call."""

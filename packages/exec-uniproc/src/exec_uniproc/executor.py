@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from typing import ClassVar
 
 from exec_core.config import ExecutorConfig
@@ -35,7 +33,7 @@ class UniProcExecutor(Executor):
             local_rank=local_rank,
             distributed_init_method=None,
             device_name={"cuda": f"cuda:{local_rank}", "cpu": "cpu", "none": None}[placement.kind],
-            private_root=os.path.join(tempfile.gettempdir(), f"{self._name}-{self.generation}"),
+            private_root=self._private_root,
             executor=self._name,
             backend=self.backend,
             generation=self.generation,

@@ -169,10 +169,11 @@ class CallContract(ContractBase):
 
         assert [[(rank, n) for rank in self.world()] for n in range(5)] == [future.result(30) for future in futures]
 
-    def test_max_concurrent_workers_must_be_positive(self, executor: Executor) -> None:
-        """No rank at a time would never end, and is refused."""
-        with pytest.raises(ValueError, match="max_concurrent_workers must be >= 1"):
-            executor.collective_rpc("where", max_concurrent_workers=0)
+    @pytest.mark.parametrize("count", [0, -1, 1.5, True])
+    def test_max_concurrent_workers_must_be_positive(self, executor: Executor, count: Any) -> None:
+        """No rank at a time would never end, and is refused, naming field, rule and value."""
+        with pytest.raises(ConfigError, match=f"max_concurrent_workers must be None or an integer >= 1, got {count}"):
+            executor.collective_rpc("where", max_concurrent_workers=count)
 
     def test_eight_threads_get_their_own_answers(self, executor: Executor) -> None:
         """Calls from eight threads at once: each gets its own answer."""

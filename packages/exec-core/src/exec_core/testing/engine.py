@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exec_core.config import CacheConfig
-from exec_core.errors import ConfigError
+from exec_core.errors import ConfigError, ExecutorClosedError
 from exec_core.executor import Executor
 from exec_core.testing import workers
 from exec_core.testing.base import ContractBase, Start
@@ -131,6 +131,27 @@ class EngineContract(ContractBase):
 
         assert executor.determine_num_available_blocks() == (5, 2)
 
+    @pytest.mark.parametrize("given", [{"num_gpu_blocks": 5}, {"num_cpu_blocks": 0}])
+    def test_blocks_of_the_config_override_any_worker(self, start: Start, given: dict[str, int]) -> None:
+        """A number of blocks in the configuration is taken instead of what a worker profiles that does not look at it."""
+        profiled = {"num_gpu_blocks": 100 - self.last(), "num_cpu_blocks": 10}
+        executor = start(cache=CacheConfig(**given))
+
+        assert executor.determine_num_available_blocks() == tuple({**profiled, **given}.values())
+
+    def test_with_both_numbers_of_blocks_nobody_profiles(self, start: Start) -> None:
+        """With both numbers in the configuration no worker is asked; a closed executor refuses all the same."""
+
+        class Unable(workers.EchoWorker):
+            def determine_num_available_blocks(self) -> tuple[int, int]:
+                raise MemoryError("no memory to profile in")
+
+        executor = start(Unable, cache=CacheConfig(num_gpu_blocks=5, num_cpu_blocks=2))
+        assert executor.determine_num_available_blocks() == (5, 2)
+        executor.shutdown()
+        with pytest.raises(ExecutorClosedError):
+            executor.determine_num_available_blocks()
+
     # Sleep, model, profile, weights
 
     def test_sleep_and_wake_up(self, executor: Executor) -> None:
@@ -175,7 +196,7 @@ class EngineContract(ContractBase):
 
     def test_apply_model(self, executor: Executor) -> None:
         """``apply_model`` runs a function on the model of every rank."""
-        assert [8.0 * rank for rank in self.world()] == executor.apply_model(lambda model: model.weight.sum().item())
+        assert [8.0 * rank for rank in self.world()] == executor.apply_model(fn=lambda model: model.weight.sum().item())
 
     def test_profile(self, executor: Executor) -> None:
         """Starting and stopping a profile gives one table per rank; stopping without one is an error."""

@@ -158,7 +158,7 @@ class LifecycleContract(ContractBase):
         """Closing is no failure: the callback does not run."""
         called: list[BaseException] = []
         executor = start()
-        executor.register_failure_callback(called.append)
+        executor.register_failure_callback(fn=called.append)
         executor.shutdown()
 
         assert called == []

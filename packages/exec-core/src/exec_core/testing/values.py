@@ -227,15 +227,33 @@ class ValueContract(ContractBase):
         assert any("while the arguments were being unpickled" in note for note in caught.value.__notes__)
         assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
 
-    def test_message_limit(self, start: Start) -> None:
-        """A request above ``max_message_bytes`` is refused before anything is sent; so is a reply, as that rank's error."""
+    def test_request_limit(self, start: Start) -> None:
+        """A request above ``max_message_bytes`` is refused before anything is sent."""
         if not self.remote():
             return
         executor = start(rpc=RpcConfig(max_message_bytes=100_000))
         with pytest.raises(MessageTooLargeError) as caught:
             executor.collective_rpc("note", args=(bytes(200_000),))
         assert (caught.value.limit, caught.value.nbytes >= 200_000) == (100_000, True)
-        assert [(rank, 1) for rank in self.world()] == executor.collective_rpc("where", args=(1,))
+        assert [[]] * len(self.world()) == executor.collective_rpc(lambda worker: worker.journal[2:])
+
+    def test_result_limit(self, start: Start) -> None:
+        """Instead of a result above ``max_message_bytes`` comes an error that names rank, method and sizes; all goes on."""
+        if not self.remote():
+            return
+        executor = start(rpc=RpcConfig(max_message_bytes=100_000))
+        who = rf"the result of .*large.* on rank {self.last()} \(pid {executor.workers[self.last()].pid}\)"
+
+        def large(worker: Any, nbytes: int = 200_000) -> bytes:
+            return bytes(nbytes)
+
+        with pytest.raises(MessageTooLargeError, match=rf"{who} .* RpcConfig.max_message_bytes") as caught:
+            executor.collective_rpc(large, ranks=[self.last()])
+        assert (caught.value.limit, caught.value.nbytes >= 200_000) == (100_000, True)
+        assert [] == executor.collective_rpc(large, reply_ranks=[])  # what nobody wants is not sent
+        assert [90_000] * len(self.world()) == [len(value) for value in executor.collective_rpc(large, args=(90_000,))]
+        with pytest.raises(ValueError, match="x{100}"):
+            executor.collective_rpc(workers.fail, args=(ValueError("x" * 90_000), self.last()))
 
     def test_results_by_reference_in_the_callers_process(self, executor: Executor) -> None:
         """A rank in the caller's process gets the arguments themselves, and its result is the object it returned."""
