@@ -353,6 +353,8 @@ class ProcessGroup:
 
     def _died(self, error: BaseException) -> None:
         self._channel.line.free_moved()
+        if self._wrapper is not None:
+            self._wrapper.abort()  # rank 0 may be in a collective that nobody else will ever end
         self._hooks.failed(error, lambda: self._fail_pending(error))
 
     def _broken(self, error: Exception) -> None:
