@@ -224,3 +224,20 @@ def test_rank_0_leaves_a_collective_that_only_an_abort_ends(launch: Launch) -> N
     eventually(lambda: executor.workers[0].method is None, deadline_s=SOON_S)
     executor.restart()
     assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+def test_process_group_that_outlives_its_executor(launch: Launch, tmp_path: Path) -> None:
+    """What the host has kept of rank 0's process groups does nothing to files of the host's when it goes at last."""
+    executor = launch(2, gloo=True, parallel=INLINE)
+    kept = executor.collective_rpc(lambda worker: worker.context.groups.world.device_group, ranks=[0])
+    number = int(executor._group.inits[0].distributed_init_method.rpartition("/")[2])  # type: ignore[union-attr] # ours
+    executor.shutdown()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    with open(tmp_path / "hosts", "w+b") as file:
+        os.dup2(file.fileno(), number)
+        kept.clear()
+        gc.collect()
+        os.close(number)
+
+    assert b"" == (tmp_path / "hosts").read_bytes()
