@@ -3,13 +3,17 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
 
 from exec_core import ConfigError
 from exec_core.distributed import World, join
+from exec_core.testing import eventually
+from exec_core.testing.sync import DEADLINE_S
 
 
 @pytest.fixture
@@ -110,3 +114,46 @@ def test_hosts_group_that_does_not_fit(hosts_group: None) -> None:
     """A host's group can serve only where size and rank are the same."""
     with pytest.raises(ConfigError, match="must be rank 0 of 2, got 'rank 0 of 1'"):
         join(world(size=2, existing="use"))
+
+
+class Aborted(dist.ProcessGroup):
+    """A process group that tells when it is aborted, and takes its time for it, or fails."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg] # the one for classes of one's own, which the stub lacks
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def getBackendName(self) -> str:  # noqa: N802 # torch's name
+        return "aborted"
+
+    def abort(self) -> None:
+        self.begun.set()
+        self.may_end.wait(DEADLINE_S)
+        raise RuntimeError("the abort failed")
+
+
+def test_abort_neither_waits_nor_raises() -> None:
+    """All groups that were made are aborted, whatever that takes and leads to, and can be left as ever."""
+    if "aborted" not in dist.Backend.backend_list:
+        dist.Backend.register_backend("aborted", Aborted, devices=["cpu"])
+    membership = join(attrs.evolve(world(), backend="aborted"))
+    group = membership.groups.world.device_group
+    assert isinstance(group, Aborted)
+    membership.abort()
+
+    assert group.begun.wait(DEADLINE_S)
+    group.may_end.set()
+    membership.leave()
+    membership.abort()
+    assert not dist.is_initialized()
+    eventually(lambda: "exec-abort" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_abort_leaves_the_hosts_group_alone(hosts_group: None) -> None:
+    """What the host has made is not aborted."""
+    membership = join(world())
+    membership.abort()
+    dist.all_reduce(torch.ones(1))
+
+    assert "exec-abort" not in {thread.name for thread in threading.enumerate()}
+    membership.leave()

@@ -2,23 +2,39 @@
 
 import gc
 import os
+import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch.distributed as dist
 
 import exec_core as ec
 import exec_mp
-from exec_core.testing import Gate, eventually, workers
+from exec_core.testing import Gate, eventually, faults, workers
 from exec_core.testing.leaks import descendants
 
 Launch = Callable[..., ec.Executor]
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+
 INLINE = {"driver_worker": "inline"}
+SOON_S = 5.0  # for what takes milliseconds on a quiet machine
+
+
+def error_of(call: Callable[[], Any]) -> BaseException:
+    """What ``call`` raises."""
+    try:
+        value = call()
+    except Exception as error:
+        return error
+    raise AssertionError(f"returned {value!r}")
 
 
 @pytest.fixture
@@ -159,3 +175,88 @@ def test_directories_of_the_other_ranks_stay_while_they_end(launch: Launch, tmp_
 
     assert "there" == (tmp_path / "seen").read_text()
     assert not Path(paths[0]).parent.exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"non_block": True}], ids=["blocking", "future"])
+def test_rank_0_leaves_a_collective_when_a_rank_dies(launch: Launch, options: dict[str, Any]) -> None:
+    """A death gets rank 0 out of a collective of gloo's, also when another rank is stopped and would never leave it."""
+    executor = launch(3, gloo=True, parallel=INLINE)
+    _, stopped, killed = [worker.pid for worker in executor.workers]
+
+    def call() -> Any:
+        value = executor.collective_rpc(faults.collective_without, args=(2,), **options)
+        return value.result(SOON_S) if options else value
+
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(error_of, call)
+        eventually(lambda: ["collective_without"] * 3 == [worker.method for worker in executor.workers])
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+
+        died = error.result(SOON_S)
+    assert isinstance(died, ec.WorkerDiedError)
+    assert (2, "SIGKILL") == (died.rank, died.signal_name)
+    eventually(lambda: executor.workers[0].method is None, deadline_s=SOON_S)
+    faults.await_gone([stopped, killed], SOON_S)
+
+
+class Stuck(dist.ProcessGroup):
+    """A process group whose collectives end when it is aborted only, as NCCL's do when a peer is gone."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg] # the one for classes of one's own, which the stub lacks
+        self.aborted = threading.Event()
+
+    def getBackendName(self) -> str:  # noqa: N802 # torch's name
+        return "stuck"
+
+    @property
+    def group_name(self) -> Any:
+        return dist.distributed_c10d._world.pg_names[self]
+
+    def allreduce(self, *args: Any) -> Any:
+        assert self.aborted.wait(faults.FOREVER_S)
+        raise RuntimeError("the collective was aborted")
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+class Sticking(workers.EchoWorker):
+    """Joins such a group."""
+
+    def init_device(self) -> None:
+        if "stuck" not in dist.Backend.backend_list:
+            dist.Backend.register_backend("stuck", Stuck, devices=["cpu"])
+        super().init_device()
+
+
+def test_rank_0_leaves_a_collective_that_only_an_abort_ends(launch: Launch) -> None:
+    """A death aborts the process groups of rank 0, whose backend would not notice it by itself."""
+    device = ec.DeviceConfig(device="cpu", threads_per_worker=1, distributed_backend="stuck")
+    executor = launch(2, Sticking, device=device, parallel=INLINE, rpc={"preload": ("torch",)})
+    future = executor.collective_rpc(faults.collective_without, args=(1,), non_block=True)
+    eventually(lambda: ["collective_without"] * 2 == [worker.method for worker in executor.workers])
+    os.kill(executor.workers[1].pid, signal.SIGKILL)
+
+    assert isinstance(future.exception(SOON_S), ec.WorkerDiedError)
+    eventually(lambda: executor.workers[0].method is None, deadline_s=SOON_S)
+    executor.restart()
+    assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+def test_process_group_that_outlives_its_executor(launch: Launch, tmp_path: Path) -> None:
+    """What the host has kept of rank 0's process groups does nothing to files of the host's when it goes at last."""
+    executor = launch(2, gloo=True, parallel=INLINE)
+    kept = executor.collective_rpc(lambda worker: worker.context.groups.world.device_group, ranks=[0])
+    number = int(executor._group.inits[0].distributed_init_method.rpartition("/")[2])  # type: ignore[union-attr] # ours
+    executor.shutdown()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    with open(tmp_path / "hosts", "w+b") as file:
+        os.dup2(file.fileno(), number)
+        kept.clear()
+        gc.collect()
+        os.close(number)
+
+    assert b"" == (tmp_path / "hosts").read_bytes()

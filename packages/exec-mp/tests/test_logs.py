@@ -1,9 +1,22 @@
 """Logs of driver and workers: each event one JSON object a line, on one standard error."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
+
+import cloudpickle
+import pytest
+
+import exec_core as ec
+import exec_mp
+
+Launch = Callable[..., ec.Executor]
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 PROGRAM = """
 import logging, os, sys
@@ -102,3 +115,20 @@ def test_every_key_reaches_the_hosts_logging() -> None:
     done = subprocess.run([sys.executable, "-c", host + filtered + program], capture_output=True, text=True, check=True)
 
     assert ["INFO by structlog n 1"] * 2 == done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_what_was_printed_is_not_lost(launch: Launch, monkeypatch: pytest.MonkeyPatch, start_method: str) -> None:
+    """A line that a worker has printed is there although the worker is killed at once."""
+    exec_mp.stop_fork_server()
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")  # of the next one, and of its workers
+
+    def print_and_die(worker: Any) -> None:
+        print("last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ec.WorkerDiedError) as caught:
+        launch(1, rpc={"start_method": start_method}).collective_rpc(print_and_die)
+
+    assert ("last words",) == caught.value.last_log_lines
+    exec_mp.stop_fork_server()

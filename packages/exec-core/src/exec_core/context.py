@@ -195,6 +195,12 @@ class WorkerContext:
         if membership is not None:
             membership.leave()
 
+    def abort(self) -> None:
+        """Gets the worker out of collectives that will not end; see `exec_core.distributed.Membership.abort`."""
+        membership = self._membership
+        if membership is not None:
+            membership.abort()
+
     def close(self) -> None:
         """Gives up everything the context made. In a process of its own that is at the end of it."""
         backend = self.config.device.distributed_backend or ("gloo" if self.device_name == "cpu" else "nccl")

@@ -11,8 +11,8 @@ import ctypes
 import datetime
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import attrs
@@ -122,8 +122,11 @@ class World:
 class Membership:
     """A worker's place in a world; `leave` it once."""
 
-    def __init__(self, groups: ProcessGroups, owned: list[Any], alone: _Alone, counted: bool) -> None:
+    def __init__(
+        self, groups: ProcessGroups, owned: list[Any], alone: _Alone, counted: bool, abortable: Sequence[Any] = ()
+    ) -> None:
         self.groups = groups
+        self._abortable = abortable  # groups made here that have other ranks in them
         self._owned = owned  # subgroups made for this membership; empty when the default group goes with it
         self._alone = alone
         self._counted = counted
@@ -136,12 +139,25 @@ class Membership:
                 "the program's" if not self._counted else f"shared by {_users} executors",
             )  # fmt: skip
 
+    def abort(self) -> None:
+        """Ends what this process is doing, or will do, in these groups, as far as their backends can.
+
+        For another thread than the one inside: when a rank has died, a collective may never end by itself. It neither
+        raises nor waits. NCCL aborts its communicators (untested); gloo cannot, but fails when a connection closes.
+        The groups are still to be left. The host's own stay untouched.
+        """
+        for group in self._abortable:
+            # A thread each: an abort may have to wait for a kernel that waits for another group's.
+            with suppress(RuntimeError):  # a limit on threads
+                threading.Thread(target=_abort, args=(group,), name="exec-abort", daemon=True).start()
+
     def leave(self) -> None:
         """Destroys what `join` made. Twice is fine; the host's own groups stay."""
         import torch.distributed as dist
 
         global _users
         owned, self._owned = [*self._owned, *self._alone.forget()], []
+        self._abortable = ()
         counted, self._counted = self._counted, False
         with _lock:
             _users -= counted
@@ -182,15 +198,25 @@ def join(world: World) -> Membership:
                 )  # fmt: skip
             groups, made, alone = _split(world)
             _users += ours
-            return Membership(groups, made, alone, counted=ours)
+            return Membership(groups, made, alone, counted=ours, abortable=made)
         try:
             _init_default(world)
-            groups, _, alone = _split(world)
+            groups, made, alone = _split(world)
         except BaseException:
             _forget_default()
             raise
         _users = 1
-        return Membership(groups, [], alone, counted=True)
+        return Membership(groups, [], alone, counted=True, abortable=[*made, dist.group.WORLD])
+
+
+def _abort(group: Any) -> None:
+    """Ends the operations of a `torch.distributed.ProcessGroup`, which may take as long as one of them may."""
+    with suppress(Exception):  # a backend that has failed, or has been destroyed meanwhile
+        if not hasattr(group, "abort"):  # torch 2.6 has it on the backend only
+            import torch
+
+            group = group._get_backend(torch.device("cuda"))  # noqa: SLF001 # as torch's own function for it does
+        group.abort()
 
 
 def _init_default(world: World) -> None:

@@ -129,6 +129,15 @@ class WorkerWrapper:
                 raise
             return getattr(_Plain(self.context, self.worker), method)  # type: ignore[no-any-return] # a method
 
+    def abort(self) -> None:
+        """For another thread, when a rank has died: gets the worker out of collectives that will not end.
+
+        It neither waits nor raises.
+        """
+        context = self.context
+        if context is not None:
+            context.abort()
+
     def shutdown(self) -> None:
         """Shuts the worker down and leaves its process groups; errors are logged, since nobody waits for them."""
         context, self.context = self.context, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import io
 import os
 import pickle
 import signal
@@ -72,9 +73,7 @@ def run(fd: int) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        flush_buffers()
         os._exit(code)
 
 
@@ -86,6 +85,22 @@ def _take_descriptors(fds: Sequence[int]) -> None:
     for place, fd in enumerate(high, start=1):
         os.dup2(fd, place, inheritable=True)
     os.closerange(1 + len(order), max(map(int, os.listdir("/proc/self/fd"))) + 1)
+
+
+def buffer_lines() -> None:
+    """What is printed is seen at once, and not lost with a process that is killed; into a pipe it would wait for more."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+
+
+def flush_buffers() -> None:
+    """What stays in a buffer would be written by each fork of this process as well, and not at all when it leaves by os._exit."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):  # whatever a module has put there
+            stream.flush()
+    _libc.fflush(
+        ctypes.c_void_p.in_dll(_libc, "stdout")
+    )  # not of all streams: a thread may read from one, and have its lock
 
 
 def _with_path(program: str) -> str:
@@ -100,6 +115,7 @@ def boot(fd: int) -> int:
         record: Boot = pickle.load(file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # its terminal is there to be written to
+    buffer_lines()
     os.environ.clear()
     os.environ.update(record.environ)
     sys.path[:] = record.sys_path

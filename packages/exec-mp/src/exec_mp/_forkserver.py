@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import os
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from exec_mp import _proc
-from exec_mp._boot import be_worker
+from exec_mp._boot import be_worker, buffer_lines, flush_buffers
 from exec_mp._protocol import MAX_BYTES, MAX_FDS, STACK_SIGNAL, Exited, Fork, Forked, Open, Opened, Refused, Signal
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -112,7 +113,9 @@ class _Server:
         self._sessions[fds[0]] = session
         self._poll.register(fds[0], select.POLLIN)
         with contextlib.nullcontext() if sys.modules.keys() >= {*asked.preload} else self._watched():
-            session.tell(_preload(asked.preload, asked.sys_path))
+            answer = _preload(asked.preload, asked.sys_path)
+        flush_buffers()  # first: who gets the answer looks what has been written
+        session.tell(answer)
         return True
 
     @contextlib.contextmanager
@@ -180,6 +183,7 @@ class _Server:
             ))  # fmt: skip
             return
         server = os.getpid()
+        flush_buffers()
         pid = os.fork()
         if pid == 0:
             be_worker(server, asked.execs, fds)
@@ -283,8 +287,10 @@ def main(main_fd: int, driver_pidfd: int) -> NoReturn:
     """The server process. It leaves without the interpreter's clean-up, which would only delay the end of everything."""
     code = 1
     try:
+        buffer_lines()
+        faulthandler.enable(all_threads=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the driver's terminal is there to be written to
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # workers may write to the driver's terminal
         signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # in a worker too, until it can answer
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
         importlib.import_module("exec_mp._worker_main")  # what every worker needs
@@ -293,4 +299,5 @@ def main(main_fd: int, driver_pidfd: int) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
+        flush_buffers()
         os._exit(code)

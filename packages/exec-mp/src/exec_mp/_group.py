@@ -22,6 +22,8 @@ from concurrent.futures import Future
 from time import monotonic
 from typing import Any, NoReturn
 
+import attrs
+
 from exec_core import messages
 from exec_core.context import WorkerInit
 from exec_core.errors import (
@@ -57,7 +59,6 @@ class ProcessGroup:
 
     def __init__(self, inits: Sequence[WorkerInit], parts: Parts, hooks: Hooks) -> None:
         config, channel = inits[0].config, parts.channel
-        self.inits = inits
         self._parts, self._hooks, self._room = parts, hooks, hooks.room
         self._pids, self._channel = parts.pids, channel
         self._max_message_bytes = config.rpc.max_message_bytes
@@ -95,6 +96,16 @@ class ProcessGroup:
             settle=self._settle,
             broken=self._broken,
         )
+        self.inits = [self._init_here(init) if init.in_driver else init for init in inits]
+
+    def _init_here(self, init: WorkerInit) -> WorkerInit:
+        """For rank 0 in this process: the path where the ranks meet ends with the background thread, before the descriptor does.
+
+        Torch writes to that path also when the last reference to a process group goes, which the host may have. By then
+        the number may be that of a file of the host's.
+        """
+        meeting = f"file:///proc/self/task/{self._receiver.native_id}/fd/{self._parts.rendezvous}"
+        return attrs.evolve(init, distributed_init_method=meeting)
 
     # Calls
 
@@ -359,6 +370,8 @@ class ProcessGroup:
             return name, None if name is None else call_id
 
     def _died(self, error: BaseException) -> None:
+        if self._wrapper is not None:
+            self._wrapper.abort()  # rank 0 may be in a collective that nobody else will ever end
         self._hooks.failed(error, lambda: self._fail_pending(error))
 
     def _broken(self, error: Exception) -> None:

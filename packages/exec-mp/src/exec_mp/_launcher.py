@@ -1,6 +1,7 @@
 """The driver's side of processes: the fork server of this process, and a session with it for each group of workers.
 
     ForkServer (one per driver process) --open--> Session --fork--> worker, worker, ...
+    what the server writes --ServerOutput--> events of whichever executor has a session with it
 
 The session's socket owns the workers: whatever closes it, this process's end included, ends them.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import os
 import pickle
 import select
@@ -26,8 +28,10 @@ from exec_core.base import shutdown_all
 from exec_core.errors import WorkerStartupError
 from exec_mp._boot import Boot
 from exec_mp._protocol import MAX_BYTES, Exited, Fork, Forked, Open, Opened, Refused, Signal
+from exec_mp._server_output import ServerOutput
 
 _STOP_S = 5.0  # for a fork server to end; it only has to kill and reap
+_LISTEN_S = 0.1  # how often a start that takes long looks what the server has written
 LIMITS = "check the limits on processes, open files and memory (ulimit -a)"
 
 _lock = threading.Lock()  # guards _server
@@ -49,17 +53,24 @@ class ForkServer:
             on_error = stack.enter_context(contextlib.ExitStack())
             on_error.callback(ours.close)
             stack.callback(theirs.close)
+            self.output = ServerOutput()
+            on_error.callback(self.output.close)
+            written = self.output.descriptor()
+            stack.callback(os.close, written)
             pidfd = os.pidfd_open(self.driver)
             stack.callback(os.close, pidfd)
+            passed = [_copy(fd, stack) for fd in (theirs.fileno(), pidfd)]
             paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *(p for p in sys.path if p)]
             program = (
                 f"import sys; sys.path.extend(p for p in {paths!r} if p not in sys.path); "
-                f"from exec_mp._forkserver import main; main({theirs.fileno()}, {pidfd})"
+                f"from exec_mp._forkserver import main; main({passed[0]}, {passed[1]})"
             )
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), pidfd),
+                stdout=written,
+                stderr=written,
+                pass_fds=passed,
                 # Ctrl-C in the terminal is the driver's. Not a session: Linux shares processors between sessions (autogroup),
                 # and then N workers together get as much as the driver, and are packed on the core that it does not use.
                 process_group=0,
@@ -85,7 +96,15 @@ class ForkServer:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return f"the fork server (pid {self.pid}) {how}"
 
-    def open(self, preload: Sequence[str], private_root: str = "") -> Session:
+    def last_lines(self) -> list[str]:
+        """What it wrote last, for an error; nothing of one that was ended on purpose."""
+        return [] if self._stopping else self.output.tail()
+
+    def log_output(self, log: Any) -> None:
+        """Makes events of what it has written since somebody last did."""
+        self.output.log(log, self.pid)
+
+    def open(self, preload: Sequence[str], private_root: str = "", log: Any = None) -> Session:
         """Asks for a session; `Session.ready` waits for it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -96,7 +115,7 @@ class ForkServer:
             raise
         finally:
             theirs.close()
-        return Session(ours, self)
+        return Session(ours, self, log)
 
     def stop(self) -> None:
         """Ends the server and with it all its workers."""
@@ -107,20 +126,29 @@ class ForkServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self.output.close()
 
     def forget(self) -> None:
         """When it has ended, or in a forked child, whose server this is not."""
         self._socket.close()
         if self._process.returncode is None:
             self._process.returncode = 0  # else it warns that it was not waited for
+        if self.driver == os.getpid():
+            self.output.close()
+        else:
+            self.output.forget()
 
 
 class Session:
-    """One group's connection to the fork server. One thread at a time receives; any may send."""
+    """One group's connection to the fork server. One thread at a time receives; any may send.
 
-    def __init__(self, sock: socket.socket, server: ForkServer) -> None:
+    Args:
+        log: for what the server writes; without, that waits for the next session.
+    """
+
+    def __init__(self, sock: socket.socket, server: ForkServer, log: Any) -> None:
         self._socket = sock
-        self._server = server
+        self._server, self._log = server, log
         self._early: deque[Exited] = deque()  # ends reported while something else was awaited
         self._gone = False
 
@@ -155,20 +183,27 @@ class Session:
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise WorkerStartupError(
-                    rank, "launch", f"timed out waiting for {what}", remedy="raise startup_timeout_s"
-                )
-            self._socket.settimeout(None if remaining == float("inf") else remaining)
-            with contextlib.suppress(TimeoutError):
+                raise self._error(rank, f"timed out waiting for {what}", "raise startup_timeout_s")
+            self._socket.settimeout(min(remaining, _LISTEN_S))
+            try:
                 record, pidfd = self._receive()
-                if record is None:
-                    why = f"{self._server.how_it_ended()} while waiting for {what}"
-                    raise WorkerStartupError(rank, "launch", why, remedy=f"see stderr, and {LIMITS}")
-                if isinstance(record, wanted):
-                    return record, pidfd
-                if isinstance(record, Refused):
-                    raise WorkerStartupError(rank, "launch", record.why)
-                self._early.append(record)
+            except TimeoutError:
+                continue
+            finally:
+                self._log_output()
+            if record is None:
+                raise self._error(rank, f"{self.how_it_ended} while waiting for {what}", LIMITS)
+            if isinstance(record, wanted):
+                return record, pidfd
+            if isinstance(record, Refused):
+                raise WorkerStartupError(rank, "launch", record.why)
+            self._early.append(record)
+
+    def _error(self, rank: int | None, why: str, remedy: str) -> WorkerStartupError:
+        """What the server wrote last is often the reason."""
+        lines = self.last_lines()
+        said = "; the last lines of the fork server:\n  " + "\n  ".join(lines) if lines else ""
+        return WorkerStartupError(rank, "launch", why, remedy=remedy + said)
 
     def _receive(self) -> tuple[Any, int | None]:
         """The next record, None at the end, and the descriptor that came along."""
@@ -187,6 +222,7 @@ class Session:
             while (record := self._receive()[0]) is not None:
                 found.append(record)
             self._gone = True
+        self._log_output()
         return None if self._gone and not found else found
 
     def wait(self, timeout_s: float) -> bool:
@@ -203,6 +239,18 @@ class Session:
             time.sleep(0.001)
         return self._server.how_it_ended()
 
+    def last_lines(self) -> list[str]:
+        """What the server wrote last."""
+        return self._server.last_lines()
+
+    def output(self) -> int:
+        """A descriptor to write to as the server does; the caller closes it."""
+        return self._server.output.descriptor()
+
+    def _log_output(self) -> None:
+        if self._log is not None:
+            self._server.log_output(self._log)
+
     def signal(self, number: int) -> None:
         """Sends ``number`` to all workers and their process groups."""
         with contextlib.suppress(OSError):  # the server is gone, and with it they are
@@ -216,6 +264,14 @@ class Session:
     def close(self) -> None:
         """Gives the workers up: the server kills those that still run."""
         _end_connection(self._socket)
+        self._log_output()
+
+
+def _copy(fd: int, stack: contextlib.ExitStack) -> int:
+    """A copy of ``fd`` beyond the standard streams, whose numbers a host without any has free; ``stack`` closes it."""
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    stack.callback(os.close, copy)
+    return copy
 
 
 def _end_connection(sock: socket.socket) -> None:
@@ -225,24 +281,30 @@ def _end_connection(sock: socket.socket) -> None:
     sock.close()
 
 
-def fork_server() -> ForkServer:
-    """This process's fork server, started if there is none."""
+def fork_server(log: Any = None) -> ForkServer:
+    """This process's fork server, started if there is none.
+
+    Args:
+        log: for what one that has ended has left unsaid.
+    """
     global _server
+    ended = None
     with _lock:
         if _server is not None and not _server.alive():
-            _server.forget()
-            _server = None
-        if _server is None:
-            _server = ForkServer()
-        return _server
+            ended, _server = _server, None
+            ended.forget()
+        server = _server = _server or ForkServer()
+    if ended is not None and log is not None:
+        ended.log_output(log)
+    return server
 
 
-def open_session(preload: Sequence[str], private_root: str = "") -> Session:
+def open_session(preload: Sequence[str], private_root: str = "", log: Any = None) -> Session:
     """A session with this process's fork server, or with another one when that is just ending."""
     while True:
-        server = fork_server()
+        server = fork_server(log)
         try:
-            return server.open(preload, private_root)
+            return server.open(preload, private_root, log)
         except ConnectionError:  # its sockets close a moment before it can be reaped
             server.stop()
 
@@ -277,48 +339,6 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
-
-
-def boot_record(entry: str, args: tuple[Any, ...], env: dict[str, str], affinity: frozenset[int] | None = None) -> Boot:
-    """The driver's state of this moment, with ``env`` on top, for a process that runs ``entry``."""
-    try:
-        cwd: str | None = os.getcwd()
-    except FileNotFoundError:
-        cwd = None
-    allowed = frozenset(os.sched_getaffinity(0)) if affinity is None else affinity
-    return Boot({**os.environ, **env}, [p or cwd or "" for p in sys.path], cwd, _umask(), allowed, entry, args)
-
-
-def _umask() -> int:
-    """Read from /proc: asking os.umask would set it for a moment, for all threads."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), 0o022)
-
-
-def run_program(session: Session, program: str, env: dict[str, str], deadline: float) -> str:
-    """Runs Python code in a forked child and returns what it printed."""
-    reading, writing = os.pipe()
-    with os.fdopen(reading) as output:
-        try:
-            boot = boot_record("exec_mp._launcher:run_code", (program,), env)
-            pid, pidfd = session.fork(-1, boot, [writing, 2], execs=False, deadline=deadline)
-        finally:
-            os.close(writing)
-        try:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) * 1e3):
-                raise WorkerStartupError(
-                    None, "launch", f"timed out waiting for {program!r}", pid, remedy="raise startup_timeout_s"
-                )
-        finally:
-            os.close(pidfd)
-        return output.read()
-
-
-def run_code(program: str) -> None:
-    """Entry of `run_program`."""
-    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})  # noqa: S102 # our own text
 
 
 def end_groups(pids: Sequence[int]) -> None:

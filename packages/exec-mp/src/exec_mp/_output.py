@@ -20,7 +20,7 @@ _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20  # a worker that writes faster than the driver reads waits when this is full
 _MAX_LINE = 1 << 16
 _READS = 2 * _PIPE_BYTES // _MAX_LINE  # in a row
-_KEPT_LINES = 20
+KEPT_LINES = 20
 _TAIL_BYTES = 1 << 14
 
 
@@ -33,7 +33,7 @@ class WorkerOutput:
     """
 
     def __init__(self, config: LogConfig, path: str, rank: int, log: Any) -> None:
-        self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.reading: int | None = None
         self._log, self._rank, self._pid = log, rank, 0
         self._partial = b""
@@ -78,11 +78,9 @@ class WorkerOutput:
                 return True
             if not data:
                 return False
-            *lines, self._partial = (self._partial + data).split(b"\n")
-            if len(self._partial) > _MAX_LINE:
-                lines, self._partial = [*lines, self._partial], b""
-            for line in filter(None, (line.rstrip(b"\r") for line in lines)):
-                self._event(line.decode(errors="replace"))
+            lines, self._partial = split_lines(self._partial + data)
+            for line in lines:
+                self._event(line)
         return True
 
     def tail(self) -> list[str]:
@@ -93,7 +91,7 @@ class WorkerOutput:
         try:
             with open(self._path, "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-                return file.read().decode(errors="replace").splitlines()[-_KEPT_LINES:]
+                return file.read().decode(errors="replace").splitlines()[-KEPT_LINES:]
         except OSError:
             return []
 
@@ -131,6 +129,14 @@ class WorkerOutput:
 
 
 _LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
+
+
+def split_lines(data: bytes) -> tuple[list[str], bytes]:
+    """The lines that are whole or too long to wait for, without empty ones, and the beginning of the next."""
+    *lines, rest = data.split(b"\n")
+    if len(rest) > _MAX_LINE:
+        lines, rest = [*lines, rest], b""
+    return [line.decode(errors="replace") for line in (line.rstrip(b"\r") for line in lines) if line], rest
 
 
 def _duplicate(fd: int) -> int:

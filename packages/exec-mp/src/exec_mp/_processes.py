@@ -144,7 +144,8 @@ class Processes:
             if not self.leaving:
                 why = f"{self._session.how_it_ended}, and the workers with it"
                 hint = self._oom.hint()
-                self.abandon(WorkerDiedError(None, None, why=f"{why}: {hint}" if hint else why))
+                why = f"{why}: {hint}" if hint else why
+                self.abandon(WorkerDiedError(None, None, why=why, last_log_lines=self._session.last_lines()))
         finally:
             self.ended.set()
 

@@ -393,6 +393,11 @@ class Receiver:
         with self._lock:
             self._poller.close()
 
+    @property
+    def native_id(self) -> int | None:
+        """Linux's number of the background thread."""
+        return self._thread.native_id
+
     def is_current_thread(self) -> bool:
         """Whether this is the background thread itself, in a callback: then it must `turn` instead of waiting."""
         return get_ident() == self._ident

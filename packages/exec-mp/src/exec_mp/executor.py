@@ -17,10 +17,11 @@ from exec_core.inprocess import InProcessGroup
 from exec_mp._calls import Entry
 from exec_mp._channel import SPIN_S
 from exec_mp._group import ProcessGroup
-from exec_mp._launcher import LIMITS, Session, boot_record, open_session, run_program
+from exec_mp._launcher import LIMITS, Session, open_session
 from exec_mp._layout import Geometry
 from exec_mp._output import WorkerOutput
 from exec_mp._parts import Hooks, Parts
+from exec_mp._program import boot_record, run_program
 from exec_mp._worker_main import RENDEZVOUS_FD
 
 _ARENA_BYTES = 1 << 36  # address space only; smaller where limits refuse
@@ -49,7 +50,7 @@ class MultiprocessingDistributedExecutor(Executor):
         rpc = self._config.rpc
         preload = rpc.preload if rpc.start_method == "forkserver" else ()
         try:
-            session = self._session = open_session(preload, self._private_root)
+            session = self._session = open_session(preload, self._private_root, self._log)
             try:
                 session.ready(deadline)
                 return self._fork_group(session, inline, deadline)
