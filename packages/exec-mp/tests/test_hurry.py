@@ -393,7 +393,7 @@ def test_a_rank_that_dies_while_it_moves_the_driver_leaves_it_free(launch: Launc
         patch.setattr(_hurry, "scarce", lambda world_size: True)
         executor = launch()
     executor.collective_rpc(arm)
-    with pytest.raises(ec.WorkerDiedError, match="rank 0"):
+    with pytest.raises((ec.WorkerDiedError, ec.ExecutorFailedError), match="rank 0"):  # in a call, or just after it
         for _ in range(100):
             executor.collective_rpc(nap)
     assert before == os.sched_getaffinity(0)
