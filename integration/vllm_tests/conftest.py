@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,9 @@ class Program:
         return {**answer, "ranks": {event.get("rank") for event in events(self.log)} - {None}}
 
     def generates(self) -> None:
-        """Waits until it does."""
-        eventually(lambda: "ready\n" in self.log or self.process.poll() is not None, deadline_s=START_S)
+        """Waits until it has been given a token by all ranks; hundreds follow."""
+        eventually(lambda: "generating\n" in self.log or self.process.poll() is not None, deadline_s=START_S)
         assert self.process.poll() is None, self.log[-4000:]
-        time.sleep(0.5)  # into the generation, which takes seconds
         self._all += self._all[0].children(recursive=True)
 
     def pid_of(self, rank: int) -> int:
