@@ -106,8 +106,12 @@ def generate(
         temperature=0.0, max_tokens=max_tokens, stop_token_ids=list(stop_tokens), detokenize=False
     )
     started = time.monotonic()
-    outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False)
+    llm.enqueue([{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False)
+    outputs = llm.llm_engine.step()
+    print("generating", file=sys.stderr, flush=True)
+    outputs += llm.wait_for_completion(use_tqdm=False)
     seconds = time.monotonic() - started
+    outputs.sort(key=lambda output: int(output.request_id))  # which are in the order of the prompts
     return [list(output.outputs[0].token_ids) for output in outputs], seconds
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from oracle import Oracle
 from reference_llm.gguf_file import read_gguf
 from reference_llm.options import default_model
 from reference_llm.tokenizer import Tokenizer
+from vllm_generate import SETTINGS
 
 PROGRAM = Path(__file__).parents[1] / "vllm_generate.py"
 START_S = 300.0  # vLLM's own takes tens of seconds on few cores
@@ -74,10 +74,9 @@ class Program:
         return {**answer, "ranks": {event.get("rank") for event in events(self.log)} - {None}}
 
     def generates(self) -> None:
-        """Waits until it does."""
-        eventually(lambda: "ready\n" in self.log or self.process.poll() is not None, deadline_s=START_S)
+        """Waits until it has been given a token by all ranks; hundreds follow."""
+        eventually(lambda: "generating\n" in self.log or self.process.poll() is not None, deadline_s=START_S)
         assert self.process.poll() is None, self.log[-4000:]
-        time.sleep(0.5)  # into the generation, which takes seconds
         self._all += self._all[0].children(recursive=True)
 
     def pid_of(self, rank: int) -> int:
@@ -105,3 +104,67 @@ def start(checkpoint: str, tmp_path: Path) -> Iterator[Callable[..., Program]]:
         program.process.kill()
         program.process.wait()
     assert not list(Path("/dev/shm").glob("world-exec-*"))  # noqa: S108 # only listed
+
+
+@pytest.fixture(scope="session")
+def vllm_config(checkpoint: str) -> Iterator[Callable[..., Any]]:
+    """Makes a `VllmConfig` of two ranks, a stage each, whose worker has no model; arguments are those of `EngineArgs`."""
+    plain = {
+        "model": checkpoint,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": 64,
+        "enforce_eager": True,
+        "pipeline_parallel_size": 2,
+        "worker_cls": "vllm_tests.plain_worker.PlainWorker",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        from vllm import EngineArgs
+
+        from vllm_backend.executor import ExecMpExecutor
+
+        plain["distributed_executor_backend"] = ExecMpExecutor
+        yield lambda **arguments: EngineArgs(**{**plain, **arguments}).create_engine_config()
+
+
+@pytest.fixture(scope="session")
+def start_executor(vllm_config: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Starts executors for it, in an environment with the variables that it is given; they end with the tests."""
+    import torch
+
+    from vllm_backend.executor import ExecMpExecutor
+
+    started: list[Any] = []
+
+    def executor(**environment: str) -> Any:
+        threads = torch.get_num_threads()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            started.append(ExecMpExecutor(vllm_config()))
+        torch.set_num_threads(threads)  # an engine's process leaves the cores to the workers
+        return started[-1]
+
+    yield executor
+    for one in started:
+        one.shutdown()
+
+
+@pytest.fixture(scope="session")
+def executor(start_executor: Callable[..., Any]) -> Any:
+    """One as vLLM sets it up by default."""
+    return start_executor()
+
+
+@pytest.fixture(scope="session")
+def set_up_executor(start_executor: Callable[..., Any]) -> Any:
+    """One that vLLM was told something by environment variables, and whose workers are ill."""
+    return start_executor(
+        VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS="1",
+        VLLM_ELASTIC_EP_SCALE_UP_LAUNCH="1",
+        OMP_NUM_THREADS="3",
+        VLLM_OMP_NUM_THREADS_SET_BY_VLLM="1",
+        PLAIN_WORKER_IS_ILL="1",
+    )

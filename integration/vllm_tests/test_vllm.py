@@ -31,10 +31,13 @@ def test_tokens_are_those_of_transformers(ranks: int, start: Start, oracle: Orac
         tokens[: next((i + 1 for i, token in enumerate(tokens) if token in tokenizer.stop_tokens), MAX_TOKENS)]
         for tokens in oracle.continue_greedily(prompts, MAX_TOKENS)
     ]
-    answer = start("--tensor-parallel-size", str(ranks), "--max-tokens", str(MAX_TOKENS), *QUESTIONS).answer()
+    program = start("--tensor-parallel-size", str(ranks), "--max-tokens", str(MAX_TOKENS), *QUESTIONS)
+    answer = program.answer()
     assert expected == answer["tokens"]
     assert "The capital of France is Paris." in answer["texts"][0]
     assert set(range(ranks)) == answer["ranks"]
+    names = [f"Worker_TP{rank}" for rank in range(ranks)] if ranks > 1 else ["Worker"]
+    assert all(f"({name} pid=" in program.log for name in names)
 
 
 def test_a_worker_that_is_killed_is_named(start: Start) -> None:

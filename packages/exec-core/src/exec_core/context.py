@@ -44,7 +44,8 @@ class WorkerContext:
         config: the executor's.
         rank, local_rank: in the world, and on this machine.
         distributed_init_method: where the world meets; None: a world of one.
-        device_name: ``cuda:N`` or ``cpu``; None when the worker handles devices itself.
+        device_name: ``cuda:N`` or ``cpu``; None when the worker handles devices itself, unless it sets it in ``init_device``:
+            the thread that finishes async outputs selects that device.
         executor, backend, generation: which executor this belongs to, and its restarts so far.
         in_driver: the worker shares the host's process, whose settings are left alone.
         existing_group: see `exec_core.distributed.World`.
