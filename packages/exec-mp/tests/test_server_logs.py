@@ -144,7 +144,9 @@ def test_fork_server_that_ends_later(tmp_path: Path) -> None:
     done = run(tmp_path, 'print("before the end")', when="killed")
     events = "\n".join(event["event"] for event in done.events())
 
-    assert re.search(r"was killed by SIGABRT, and the workers with it; call .*; its last lines:\n  before the end\n", done.said)
+    assert re.search(
+        r"was killed by SIGABRT, and the workers with it; call .*; its last lines:\n  before the end\n", done.said
+    )
     assert (1, True) == (events.count("Fatal Python error: Aborted"), "Fatal Python error: Aborted" in done.said)
 
 
