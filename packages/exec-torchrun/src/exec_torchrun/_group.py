@@ -82,8 +82,16 @@ class SpmdLoop(ExecutionLoop):
         return self._ended
 
     def step(self, request: Any) -> Future[Any]:
-        if request is not None:
-            return self._executor.submit_step("execute_model", request, range(self._executor.world_size))
+        if request is None:
+            return self._end()
+        return self._executor.submit_step("execute_model", request, range(self._executor.world_size))
+
+    async def step_async(self, request: Any) -> Future[Any]:
+        if request is None:
+            return self._end()
+        return await self._executor.submit_step_async("execute_model", request, range(self._executor.world_size))
+
+    def _end(self) -> Future[Any]:
         step: Future[Any] = Future()
         with self._lock:
             running, self.running = self.running, False
