@@ -14,7 +14,7 @@ import pytest
 
 import exec_core as ec
 from exec_core.testing import eventually
-from exec_mp import _hurry, _layout
+from exec_mp import _hurry
 from exec_mp._channel import NOTHING
 from exec_mp._driver_channel import DriverChannel
 from exec_mp._hurry import hurry, scarce
@@ -227,19 +227,6 @@ def test_one_rank_watches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         driver.line.goes_on(4711)
         assert [False, False] == look()
         assert [(os.getpid(), 4711)] == hurried
-
-
-@pytest.mark.usefixtures("few")
-def test_a_rank_knows_whether_others_are_still_to_answer() -> None:
-    """Rank 0, which runs in the driver's process here, does not say so."""
-    with driver_end() as driver:
-        shared, lines = driver._shared, [worker(driver, rank).line for rank in (1, 2)]
-        assert [False, False] == [line.others_answer() for line in lines]
-        for rank in (2, 1):
-            shared.words[shared.word(_layout.ACKS, rank)] = 6
-        assert [False, False] == [line.others_answer() for line in lines]
-        shared.words[shared.word(_layout.ACKS, 1)] = 7
-        assert [True, False] == [line.others_answer() for line in lines]
 
 
 @pytest.mark.usefixtures("few")

@@ -29,7 +29,6 @@ from exec_mp._spread import processor
 
 REQUEST_LATE_S = 250e-6  # a rank has begun by then, be it from a nap
 ANSWER_LATE_S = 150e-6  # the driver has seen by then what has come: one thread, which was called last
-LOOKS = 4  # in a wait, so far apart: as long as others are still to answer, there is nothing that the driver could take
 _MOVED_WITHIN_S = 0.02  # else who moves has been stopped or killed on the way
 _PROCESSOR = 35  # field of /proc/.../stat after the state
 
@@ -137,13 +136,10 @@ class RankLine:
     def __init__(self, shared: Shared, rank: int) -> None:
         self._scarce = scarce(shared.geometry.world_size)
         self._view, self._words = shared.view, shared.words
-        self._waiter, self._moves, self._may_use, self._in_line, self._hurried, self._ack = (
+        self._waiter, self._moves, self._may_use, self._in_line, self._hurried = (
             shared.word(row, rank)
-            for row in (
-                _layout.WAITER, _layout.MOVES, _layout.MAY_USE, _layout.IN_LINE, _layout.HURRIED, _layout.ACKS,
-            )
-        )  # fmt: skip
-        self._acks, self._size = shared.word(_layout.ACKS, 0), shared.geometry.world_size
+            for row in (_layout.WAITER, _layout.MOVES, _layout.MAY_USE, _layout.IN_LINE, _layout.HURRIED)
+        )
         self._in_order = threading.Lock()  # taken for the locked instruction alone
 
     def waits(self) -> None:
@@ -163,11 +159,6 @@ class RankLine:
     def is_watched(self) -> bool:
         """Whether somebody waits, and this is the rank to look after him."""
         return self._scarce and self._words[self._waiter] != 0
-
-    def others_answer(self) -> bool:
-        """Whether other ranks are still to answer what this one has, as far as it can tell."""
-        words = self._words
-        return bool(min(filter(None, words[self._acks : self._acks + self._size]), default=0) < words[self._ack])
 
     def hurry_driver(self) -> None:
         """Moves who still waits, if he stands in line: he has not taken what was answered some time ago."""

@@ -18,7 +18,7 @@ from exec_core.wrapper import DONE
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
 from exec_mp._channel import AWAY, FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
-from exec_mp._hurry import ANSWER_LATE_S, LOOKS, RankLine
+from exec_mp._hurry import ANSWER_LATE_S, RankLine
 from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
@@ -193,28 +193,18 @@ class WorkerChannel:
             else:
                 first, until, comes = not pace.slept, now + pace.rest(now), False
                 self.line.waits()
-                if first and until - now > 2 * ANSWER_LATE_S:
-                    comes = self._look_after_driver(word, value, until)
-                    now = clock()
+                # What this rank has answered last may lie there, while who waits for it stands in line for a processor.
+                if first and until - now > 2 * ANSWER_LATE_S and self.line.is_watched():
+                    comes = self._sleep(word, value, ANSWER_LATE_S)
+                    if not comes:
+                        self.line.hurry_driver()
+                        now = clock()
                 if not comes and until > now:
                     self._sleep(word, value, until - now)
                 pace.woken(clock())
         if pace.slept:
             self.line.goes_on()
             pace.came = clock()
-
-    def _look_after_driver(self, word: int, value: int, until: float) -> bool:
-        """What was answered last may lie there, while who waits for it stands in line for a processor. As `_sleep`."""
-        line = self.line
-        for look in range(LOOKS):
-            if not line.is_watched() or until - time.monotonic() < 2 * ANSWER_LATE_S:
-                return False
-            if self._sleep(word, value, ANSWER_LATE_S):
-                return True
-            if look == LOOKS - 1 or not line.others_answer():
-                line.hurry_driver()
-                return False
-        return False
 
     def _sleep(self, word: int, value: int, timeout_s: float) -> bool:
         """Until the bell rings, or for ``timeout_s``. Whether the word has been reached by then, or the bell rang."""
