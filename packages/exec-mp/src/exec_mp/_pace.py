@@ -14,6 +14,7 @@ import math
 
 _GAIN = 0.25  # of a new wait in the averages
 _FAR_S = 0.001  # a wait that is so far off the usual starts anew: it is another kind of step
+_WIDE = 5  # times the average distance from the usual: the margin around it
 _LEAST_S = 20e-6  # to be earlier by less means nothing to a scheduler
 _SHARE = 1 / 10  # of a wait, at most, to be spent on being awake in time
 _EARLY = 2.5  # times `spin_s`: how much earlier than usual to be awake at most
@@ -81,4 +82,4 @@ class Pace:
     def _margin(self) -> float | None:
         """How much earlier or later than usual it may well come; None: it cannot be foreseen."""
         most_s = min(_EARLY * self.spin_s, self._usual_s * _SHARE)
-        return None if self._error_s > most_s else min(8 * self._error_s + _LEAST_S, most_s)
+        return None if self._error_s > most_s else min(_WIDE * self._error_s + _LEAST_S, most_s)
