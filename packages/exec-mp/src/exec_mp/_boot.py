@@ -98,9 +98,8 @@ def flush_buffers() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):  # whatever a module has put there
             stream.flush()
-    _libc.fflush(
-        ctypes.c_void_p.in_dll(_libc, "stdout")
-    )  # not of all streams: a thread may read from one, and have its lock
+    # Not of all streams: a thread may read from one, and have its lock.
+    _libc.fflush(ctypes.c_void_p.in_dll(_libc, "stdout"))
 
 
 def _with_path(program: str) -> str:

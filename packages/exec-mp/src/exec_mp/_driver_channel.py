@@ -162,9 +162,8 @@ class DriverChannel:
     def _rejoin(self, ranks: tuple[int, ...], number: int) -> None:
         """Those of ``ranks`` that are away go on with request ``number`` as soon as they have run what they are in."""
         for rank in self._away.intersection(ranks):
-            self._words[self._rejoin_word + rank] = (
-                number + 1
-            )  # no call before the next line: Ctrl-C finds both done, or none
+            # No call between the two: Ctrl-C finds both done, or none.
+            self._words[self._rejoin_word + rank] = number + 1
             self._away = self._away - {rank}
 
     def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
