@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 if not __package__:  # run by its path: what is beside it must not be found as top-level modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,7 +28,11 @@ from bench.versions import version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark, prints tables, writes JSON and plots; 1 when a target that was measured is missed."""
+    """Runs the benchmark, prints tables, writes JSON and plots; 1 when a target that was measured is missed.
+
+    Ended early, by Ctrl-C or SIGTERM, it writes what it has measured by then; `--report` makes tables of that.
+    """
+    signal.signal(signal.SIGTERM, _end)
     options = _parse(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.report:
@@ -49,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no plots: {error}", file=sys.stderr)
     missed = [row for row in rows if row.ok is False]
     return 1 if missed and not options.quick else 0
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """Of a signal: leaves through all that cleans up, as Ctrl-C does."""
+    sys.exit(128 + number)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,12 +1,14 @@
 """The benchmark program works. How fast anything is, is no test's business."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench import procfs
 from bench.peer import AbsentError
 from bench.peers import EXTERNAL, PEERS
 from bench.plan import CASES, GROUPS, QUICK_N, quick
@@ -15,6 +17,7 @@ from bench.report import report
 from bench.results import Results
 from bench.stats import Metrics, pooled
 from bench.targets import Target, targets
+from exec_core.testing import eventually
 
 PROGRAM = Path(__file__).parents[1] / "bench" / "__main__.py"
 LOCAL = [name for name in PEERS if name not in EXTERNAL]
@@ -100,6 +103,26 @@ def test_report_can_be_made_again(output: Path, tmp_path: Path) -> None:
     printed = run("--quick", "--report", str(output / "results.json"), "--output", str(tmp_path))
 
     assert (output / "stdout.txt").read_text() == printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_is_kept_when_it_is_ended(tmp_path: Path, number: int) -> None:
+    """A run takes most of an hour. The rounds before the signal are in the file, and no process is left."""
+    chosen = ["--cases", "noop", "--only", "exec-mp", "pipe", "--workers", "1", "--rounds", "1000"]
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM), *chosen, "--output", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert any("round 2" in line for line in process.stderr)
+        started = [pid for pid in procfs.tree(process.pid) if pid != process.pid]
+        process.send_signal(number)
+        process.stderr.read()
+    assert process.returncode in (128 + number, -number)
+    kept = Results.from_json(json.loads((tmp_path / "results.json").read_text()))
+    assert {("exec-mp", 0), ("pipe", 0)} <= {(record.peer, record.round) for record in kept.records}
+    assert len(started) >= 4
+    eventually(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()])
+    assert "exec-mp" in run("--quick", "--report", str(tmp_path / "results.json"), "--output", str(tmp_path))
 
 
 def test_plots_are_drawn(output: Path) -> None:

@@ -317,6 +317,27 @@ def test_the_driver_hurries_ranks_that_have_not_begun(launch: Launch, monkeypatc
     assert 1 == hurried.count((1, pids[1]))
 
 
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("late", [[], [1]])
+def test_nobody_is_looked_after_when_all_have_begun(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, late: list[int]
+) -> None:
+    """Waking up for a look costs processor time: not in the steps in which the ranks were there before it."""
+    executor = launch()
+    channel = executor._group._channel  # type: ignore[union-attr] # ours
+    sleep, slept = channel.sleep, []
+
+    def note(timeout_s: float) -> bool:
+        slept.append(timeout_s)
+        return bool(sleep(timeout_s))
+
+    monkeypatch.setattr(channel, "sleep", note)
+    monkeypatch.setattr(channel.line, "late", lambda _ranks, _sent: late)
+    monkeypatch.setattr(channel.line, "hurry", lambda _rank, _pid: None)
+    executor.collective_rpc(lambda _worker: time.sleep(0.05))
+    assert bool(late) == (_hurry.REQUEST_LATE_S in slept)
+
+
 def test_a_rank_hurries_the_thread_that_waits(launch: Launch) -> None:
     """Rank 0 has answered, and nobody takes it at once, since rank 1 is not ready."""
 

@@ -1,6 +1,8 @@
 """When a waiter yields and when it sleeps, decided without a clock."""
 
 import math
+import random
+from functools import partial
 
 import pytest
 
@@ -125,6 +127,41 @@ def test_waits_that_vary_are_met_awake() -> None:
         yielded.append(waiter.yielded_s)
 
     assert max(yielded) < 0.01 / 10
+
+
+def yielded_through(*takes_s: float) -> tuple[float, float]:
+    """The second half of these waits: seconds yielded on average, and the share of them that was met awake."""
+    half = len(takes_s) // 2
+    waiter, yielded_s, awake = Waiter().waits(*takes_s[:half]), 0.0, 0
+    for each in takes_s[half:]:
+        waiter.waits(each)
+        yielded_s += waiter.yielded_s
+        awake += waiter.was_awake
+    return yielded_s / half, awake / half
+
+
+def test_late_steps_do_not_cost_the_others() -> None:
+    """One in ten is late: that is no reason to be awake much earlier before each."""
+    yielded_s, awake = yielded_through(*([0.01] * 9 + [0.0104]) * 40)
+
+    assert 1.0 == awake
+    assert yielded_s < 0.0002
+
+
+@pytest.mark.parametrize("takes_s", [0.0021, 0.01])
+def test_nearly_all_are_met_awake(takes_s: float) -> None:
+    """However they are distributed, and not by being awake for long: being late is rare, and costs little."""
+    chance = random.Random(7)  # noqa: S311 # no secret
+    distributions = (
+        partial(chance.gauss, 0, 60e-6),
+        partial(chance.expovariate, 1 / 80e-6),
+        partial(chance.uniform, 0, 2e-4),
+    )
+    for vary in distributions:
+        yielded_s, awake = yielded_through(*(takes_s + vary() for _ in range(2000)))
+
+        assert 0.97 < awake < 1
+        assert yielded_s < 0.0002
 
 
 def test_what_comes_early_ends_a_nap() -> None:

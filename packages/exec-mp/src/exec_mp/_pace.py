@@ -14,7 +14,8 @@ import math
 
 _GAIN = 0.25  # of a new wait in the averages
 _FAR_S = 0.001  # a wait that is so far off the usual starts anew: it is another kind of step
-_WIDE = 5  # times the average distance from the usual: the margin around it
+_RARE = 1 / 50  # of the waits are over before the waiter is awake
+_WIDE = 5  # times the average distance from the usual: how much earlier than that to be awake at most
 _LEAST_S = 20e-6  # to be earlier by less means nothing to a scheduler
 _SHARE = 1 / 10  # of a wait, at most, to be spent on being awake in time
 _EARLY = 2.5  # times `spin_s`: how much earlier than usual to be awake at most
@@ -41,6 +42,7 @@ class Pace:
         self._awake_at = math.inf  # end of the nap that is being taken
         self._usual_s = 0.0  # average of the waits that were slept through
         self._error_s = math.inf  # average distance from it
+        self._early_s = math.inf  # a wait is rarely shorter than usual by more
         self._late_s = 50e-6  # average time from a nap's end to being awake
 
     def begin(self, now: float) -> None:
@@ -71,15 +73,19 @@ class Pace:
     def _learn(self, waited_s: float) -> None:
         """From a wait that was slept through. After a long one, the next one begins with yielding only briefly."""
         self._patience_s = self.spin_s if waited_s < 4 * self.spin_s else self.spin_s / 16
-        error_s = abs(waited_s - self._usual_s)
+        early_s = self._usual_s - waited_s
+        error_s = abs(early_s)
         if error_s > _FAR_S:
             self._usual_s, error_s = waited_s, _FAR_S
         else:
-            self._usual_s += (waited_s - self._usual_s) * _GAIN
+            self._usual_s -= early_s * _GAIN
         self._error_s = min(self._error_s, _FAR_S)
         self._error_s += (error_s - self._error_s) * _GAIN
+        # Up by nearly an average distance when a wait was shorter than that, else down by very little: in balance it is rare.
+        self._early_s += self._error_s * ((early_s > self._early_s) - _RARE)
+        self._early_s = min(self._early_s, _WIDE * self._error_s)
 
     def _margin(self) -> float | None:
-        """How much earlier or later than usual it may well come; None: it cannot be foreseen."""
+        """How much earlier than usual it may well come; None: it cannot be foreseen."""
         most_s = min(_EARLY * self.spin_s, self._usual_s * _SHARE)
-        return None if self._error_s > most_s else min(_WIDE * self._error_s + _LEAST_S, most_s)
+        return None if self._error_s > most_s else min(self._early_s + _LEAST_S, most_s)

@@ -264,7 +264,7 @@ class Receiver:
         rest_s = min(pace.rest(now), until - now)
         if channel.line.scarce:
             channel.line.waits(get_native_id())
-            if self._watched != entry.id and rest_s > 2 * REQUEST_LATE_S:
+            if self._watched != entry.id and rest_s > 2 * REQUEST_LATE_S and self._late(entry):
                 if channel.sleep(REQUEST_LATE_S):
                     rest_s = 0.0
                 else:
@@ -276,9 +276,13 @@ class Receiver:
         channel.stay_awake()
         pace.woken(monotonic())
 
+    def _late(self, entry: Entry) -> list[int]:
+        """Ranks that wait, and have not taken ``entry`` or what was sent after it."""
+        return self._channel.line.late(entry.ranks, self._channel.sent)
+
     def _hurry_late(self, entry: Entry) -> None:
-        """Ranks that have not begun ``entry`` by now may stand in line for a processor."""
-        for rank in self._channel.line.late(entry.ranks, self._channel.sent):
+        """Ranks that are late by now may stand in line for a processor."""
+        for rank in self._late(entry):
             if pid := self._pids.get(rank):
                 self._channel.line.hurry(rank, pid)
 
