@@ -185,7 +185,7 @@ def integration(session: nox.Session) -> None:
 
 @nox.session(requires=["wheels"])
 def gpu_integration(session: nox.Session) -> None:
-    """Run the integration tests on CUDA. Arguments go to pytest.
+    """Run the integration tests on CUDA, and those that only a device can answer. Arguments go to pytest.
 
     It needs at least one CUDA device. A test marked `cuda_devices(n)` needs n of them and fails where there are fewer:
     nothing passes by being skipped. To leave those out on a small machine, say so: `-- -m "not cuda_devices"`.
@@ -202,7 +202,7 @@ def gpu_integration(session: nox.Session) -> None:
             session.error(f"--no-venv installs nothing, and {python} lacks {', '.join(sorted(missing))}")
     check_cuda(session, python)
     pytest = (python, "-P", "-m", "pytest")  # -P: the repository's root is no place to import from
-    run_tests(session, *pytest, "integration/tests", *session.posargs, EXEC_TEST_DEVICE="cuda")
+    run_tests(session, *pytest, "integration/gpu_tests", "integration/tests", *session.posargs, EXEC_TEST_DEVICE="cuda")
 
 
 def check_cuda(session: nox.Session, python: str) -> None:

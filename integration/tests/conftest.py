@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 
 import exec_mp
 from exec_core import create_executor
@@ -28,6 +29,13 @@ from tiny_gguf import write_tiny_gguf
 def device() -> str:
     """``cpu`` or ``cuda``, from EXEC_TEST_DEVICE."""
     return os.environ.get("EXEC_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _context(device: str) -> None:
+    """What CUDA opens and starts in this process is here before any test looks for what is left behind."""
+    if device == "cuda":
+        torch.zeros(1, device="cuda")
 
 
 @pytest.fixture(autouse=True)

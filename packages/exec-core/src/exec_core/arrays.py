@@ -1,9 +1,12 @@
 """Tensors and arrays in messages: moved as bytes beside the pickle, never through it.
 
-    pickling          every CPU tensor and numpy array becomes an index into the message's table of byte ranges
+    pickling          every tensor and numpy array becomes an index into the message's table of byte ranges
     after pickling    ranges that overlap in memory are merged into segments, so that views which shared memory share
                       it again on arrival, and a slice of a large tensor ships only its own bytes
     unpickling        each view is laid over its segment of the receiver's own, private, writable memory
+
+What was on a CUDA device arrives on the CPU: the sender's device number means another device to the receiver, or none, and
+a tensor that came there by itself would cost a CUDA context.
 
 Neither torch nor numpy is imported here: an object of theirs can only exist where they are imported already.
 """
@@ -21,6 +24,7 @@ import attrs
 
 ALIGNMENT = 64  # bytes; of segments in a message
 _WIDEST = 16  # bytes; of complex128, the widest element
+STORAGES = frozenset({"TypedStorage", "UntypedStorage"})  # names of torch's classes of what lies under a tensor
 
 
 @attrs.define  # not frozen: that takes three times as long
@@ -41,7 +45,35 @@ class Segment:
         return self.lead + self.end - self.start
 
     def memory(self) -> memoryview:
+        """The source memory itself, or a copy where it is a device's."""
+        if getattr(self.owners[0], "is_cuda", False):
+            return _copied_to_host(self.owners[0], self.start, self.end)
         return memoryview((ctypes.c_char * (self.end - self.start)).from_address(self.start)).cast("B")
+
+
+def _copied_to_host(tensor: Any, start: int, end: int) -> memoryview:
+    """The bytes from ``start`` to ``end`` of the storage of a CUDA tensor, once what computes them has run."""
+    import torch
+
+    storage, memory = tensor.untyped_storage(), bytearray(end - start)
+    source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    source.set_(storage, start - storage.data_ptr(), (len(memory),), (1,))
+    torch.frombuffer(memory, dtype=torch.uint8).copy_(source)
+    return memoryview(memory)
+
+
+def reduce_storage(obj: Any) -> Any:
+    """How to pickle the storage of a CUDA tensor that is not plain, so that it arrives on the CPU; None for all else."""
+    torch = sys.modules.get("torch")
+    if torch is None or type(obj) not in {torch.TypedStorage, torch.UntypedStorage}:
+        return None
+    storage = getattr(obj, "_untyped_storage", obj)
+    if not storage.is_cuda:
+        return None
+    host = storage.cpu()
+    if storage is not obj:
+        host = torch.TypedStorage(wrap_storage=host, dtype=obj.dtype, _internal=True)
+    return host.__reduce__()
 
 
 class ViewTable:
@@ -51,7 +83,7 @@ class ViewTable:
         self._ranges: list[tuple[int, int, object]] = []  # (start, end, owner), in the order of the views
 
     def reduce(self, obj: Any) -> tuple[object, ...] | None:
-        """How to pickle ``obj``, or None when it is not a plain strided CPU tensor or array."""
+        """How to pickle ``obj``, or None when it is not a plain strided tensor or array."""
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and type(obj) is getattr(torch, "Tensor", None) and _is_plain(obj, torch):
             shape, stride, count = tuple(obj.shape), obj.stride(), obj.numel()
@@ -98,7 +130,7 @@ class ViewTable:
 def _is_plain(tensor: Any, torch: Any) -> bool:
     return (
         tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
+        and (tensor.is_cpu or tensor.is_cuda)
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
         and not vars(tensor)
         and (tensor.is_leaf or not tensor.requires_grad)

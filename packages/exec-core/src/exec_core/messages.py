@@ -125,6 +125,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle ships n
         if self._same_program and _is_in_main(obj):
             return NotImplemented
         reduced = None if self._table is None else self._table.reduce(obj)
+        if reduced is None and type(obj).__name__ in arrays.STORAGES:
+            reduced = arrays.reduce_storage(obj)
         return super().reducer_override(obj) if reduced is None else reduced
 
 
