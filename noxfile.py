@@ -197,8 +197,8 @@ def gpu_integration(session: nox.Session) -> None:
     else:
         python = sys.executable
         core = nox.project.load_toml("packages/exec-core/pyproject.toml")["project"]["dependencies"]
-        needed = {*PACKAGES, *(Requirement(line).name for line in core), *group("integration"), *group("model")}
-        if missing := needed - distributions(session, python):
+        named = {*PACKAGES, *(Requirement(line).name for line in core), *group("integration"), *group("model")}
+        if missing := set(map(canonicalize_name, named)) - distributions(session, python):
             session.error(f"--no-venv installs nothing, and {python} lacks {', '.join(sorted(missing))}")
     check_cuda(session, python)
     pytest = (python, "-P", "-m", "pytest")  # -P: the repository's root is no place to import from

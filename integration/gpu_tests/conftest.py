@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import exec_core as ec
 import exec_mp
@@ -21,9 +23,15 @@ Launch = Callable[..., ec.Executor]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _context() -> None:
-    """What CUDA opens and starts in this process is here before any test looks for what is left behind."""
-    torch.zeros(1, device="cuda")
+def _context() -> Iterator[None]:
+    """What CUDA and NCCL open and start once in this process is here before any test looks for what is left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NCCL_SOCKET_IFNAME", "lo")
+        patch.setenv("NCCL_HOSTID", "driver")  # of an inline rank 0, see `launch_shared`
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined] # public
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+        dist.destroy_process_group()
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -51,17 +59,16 @@ def launch() -> Iterator[Launch]:
 
 
 @pytest.fixture
-def launch_shared(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> Launch:
+def launch_shared(launch: Launch) -> Launch:
     """Starts executors whose ranks share the device, over NCCL: it lets ranks of different hosts do so."""
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("NCCL_HOSTID", "rank-0")  # of an inline rank 0
+    hosts = itertools.count()
 
     def launch_shared(parallel: ec.ParallelConfig, **config: Any) -> ec.Executor:
         return launch(
             worker_cls="shared_device:SharedDeviceWorker",
             parallel=parallel,
             device=ec.DeviceConfig(device="none"),
-            worker_env=tuple({"NCCL_HOSTID": f"rank-{rank}"} for rank in range(parallel.world_size)),
+            worker_env=tuple({"NCCL_HOSTID": f"host-{next(hosts)}"} for _ in range(parallel.world_size)),
             **config,
         )
 

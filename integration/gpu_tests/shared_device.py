@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from exec_core.testing import faults
 from exec_core.testing.workers import EchoWorker
 
 
@@ -36,8 +38,8 @@ class SharedDeviceWorker(EchoWorker):
         return float(tensor[-1])
 
     def wait_for_others(self, absent: int) -> float:
-        """A collective that rank ``absent`` never joins, waited for as a model does: by reading its result."""
+        """A collective that rank ``absent`` does not join, waited for as a model does: by reading its result."""
         if self.context.rank == absent:
-            return -1.0
+            time.sleep(faults.FOREVER_S)
         assert self.context.groups is not None
         return self._sum(self.context.groups.world.device_group, self.context.device_name)

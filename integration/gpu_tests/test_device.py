@@ -163,7 +163,7 @@ def test_out_of_memory_is_told_and_survived(launch: Launch) -> None:
 
 
 def test_kernel_that_fails_is_told_and_a_restart_mends_it(launch: Launch) -> None:
-    """A device-side assertion breaks the context for good. The caller gets CUDA's error; a restart gives a new context."""
+    """A device-side assertion breaks the context for good: the caller gets CUDA's error, and the rank leaves."""
     executor = launch()
 
     def index(worker: Any, number: int) -> float:
@@ -171,10 +171,14 @@ def test_kernel_that_fails_is_told_and_a_restart_mends_it(launch: Launch) -> Non
         return float(table[torch.tensor([number], device=worker.context.device)][0])
 
     assert executor.collective_rpc(index, args=(7,)) == [7.0]
-    for number in (1 << 20, 7):  # the second one: nothing works any more
-        with pytest.raises(Exception, match=r"device-side assert|CUDA error") as caught:
-            executor.collective_rpc(index, args=(number,))
-        assert any(note.startswith("rank 0 (pid ") for note in caught.value.__notes__)
+    (pid,) = executor.collective_rpc(lambda worker: os.getpid())
+    with pytest.raises(RuntimeError, match="device-side assert") as caught:
+        executor.collective_rpc(index, args=(1 << 20,))
+    assert any(note.startswith(f"rank 0 (pid {pid}) in ") for note in caught.value.__notes__)
+    eventually(lambda: executor.state is ec.State.FAILED)
+    with pytest.raises(ec.ExecutorFailedError) as failed:
+        executor.collective_rpc(index, args=(7,))
+    assert "rank 0 leaves: CUDA refuses it everything from now on, after " in str(failed.value.__cause__)
     executor.restart()
     assert executor.collective_rpc(index, args=(7,)) == [7.0]
 

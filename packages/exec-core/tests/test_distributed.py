@@ -1,5 +1,6 @@
 """Process groups in a process that has, or gets, a default group of its own."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from exec_core import ConfigError
+from exec_core import ConfigError, distributed
 from exec_core.distributed import World, join
 from exec_core.testing import eventually
 from exec_core.testing.sync import DEADLINE_S
@@ -147,6 +148,30 @@ def test_abort_neither_waits_nor_raises() -> None:
     membership.abort()
     assert not dist.is_initialized()
     eventually(lambda: "exec-abort" not in {thread.name for thread in threading.enumerate()})
+
+
+@pytest.mark.parametrize(("in_driver", "device"), [(True, "cuda:0"), (False, "cuda:0"), (True, "cpu")])
+def test_nccl_spares_the_hosts_process(monkeypatch: pytest.MonkeyPatch, in_driver: bool, device: str) -> None:
+    """Groups over NCCL in the host's process are made so that they do not end it; what the host has set, holds."""
+    seen: list[dict[str, str]] = []
+
+    def make(_world: World) -> None:
+        seen.append({name: value for name, value in os.environ.items() if "NCCL" in name})
+        raise OSError("nothing is made here")
+
+    monkeypatch.setattr(distributed, "_init_default", make)
+    monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
+    before = dict(os.environ)
+    with pytest.raises(OSError, match="nothing is made here"):
+        join(attrs.evolve(world(), backend=None, device=device, in_driver=in_driver))
+
+    spared = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    }  # fmt: skip
+    expected = spared if in_driver and device != "cpu" else {}
+    assert [{**expected, "TORCH_NCCL_ENABLE_MONITORING": "1"}] == seen
+    assert before == dict(os.environ)
 
 
 def test_abort_leaves_the_hosts_group_alone(hosts_group: None) -> None:

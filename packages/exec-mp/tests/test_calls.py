@@ -259,6 +259,18 @@ def test_death_wins_over_a_peers_error() -> None:
         entry.outcome()
 
 
+def test_error_of_the_rank_that_ended_says_why() -> None:
+    """A rank that fails and then leaves: its error is what the caller gets, with its end in the notes."""
+    calls = Calls(4, 4)
+    entry = opened(calls)
+    calls.error(entry.id, failure(1, text="out of order"), now=10.0)
+    calls.close(WorkerDiedError(1, 101, exit_code=1))
+
+    with pytest.raises(ValueError, match="out of order") as caught:
+        entry.outcome()
+    assert "rank 1 (pid 101) exited with code 1" in caught.value.__notes__[-1]
+
+
 def test_first_error_by_time_is_raised() -> None:
     """Of several errors the first by time is raised, whichever was read first, and lists the others."""
     calls = Calls(4, 4)

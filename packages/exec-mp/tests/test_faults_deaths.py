@@ -194,6 +194,57 @@ def test_error_waits_for_a_worker_that_is_slow_to_die(launch: Launch) -> None:
     assert (1, "SIGKILL") == (error.rank, error.signal_name)
 
 
+def fail_on_device(worker: Any, why: str = "", rank: int = 0, is_output: bool = False) -> Any:
+    """Raises on ``rank``, of which CUDA then says ``why`` it does nothing more; it is well without. The others wait."""
+    import torch
+
+    class Stream:
+        def query(self) -> bool:
+            if why:
+                raise RuntimeError(f"{why}\nCompile with more options for more to read.")
+            return False
+
+    class Output:
+        def get_output(self) -> Any:
+            raise ValueError("told to fail")
+
+    if worker.context.rank != rank:
+        return faults.nap(worker)
+    worker.context.device_name = "cuda:0"
+    vars(torch.cuda).update(
+        set_device=lambda _: None, is_initialized=lambda: True, is_current_stream_capturing=lambda: False,
+        current_stream=lambda _: Stream(),
+    )  # fmt: skip
+    return Output() if is_output else Output().get_output()
+
+
+@pytest.mark.parametrize("is_output", [False, True])
+def test_rank_whose_device_is_lost_leaves(launch: Launch, is_output: bool) -> None:
+    """Nothing would ever work there again. The call gets the error that began it, the others learn that the rank is gone."""
+    executor = launch(2)
+    pids = pids_of(executor)
+    lost = "CUDA error: device-side assert triggered"
+    error = error_of(lambda: executor.collective_rpc(fail_on_device, args=(lost, 1, is_output)))
+
+    assert (ValueError, "told to fail") == (type(error), str(error))
+    assert f"rank 1 (pid {pids[1]}) exited with code 1" in error.__notes__[-1]
+    assert error.__notes__[-1].endswith(f"rank 1 leaves: CUDA refuses it everything from now on, after {lost}")
+    assert isinstance(error_of(lambda: executor.collective_rpc("where")), ec.ExecutorFailedError)
+    faults.await_gone(pids, SOON_S)
+    executor.restart()
+    assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))
+
+
+@pytest.mark.parametrize("why", ["", "CUDA error: operation not permitted when stream is capturing"])
+def test_rank_whose_device_works_stays(launch: Launch, why: str) -> None:
+    """An error of a worker's is no reason to leave, nor what CUDA cannot answer at this moment."""
+    executor = launch(1)
+
+    for _ in range(2):
+        assert "told to fail" == str(error_of(lambda: executor.collective_rpc(fail_on_device, args=(why,))))
+    assert [(0, 1)] == executor.collective_rpc("where", args=(1,))
+
+
 def test_first_of_two_deaths_is_named(launch: Launch) -> None:
     """A worker that leaves because another was killed is not the one that is named."""
 

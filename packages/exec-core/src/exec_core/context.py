@@ -157,6 +157,7 @@ class WorkerContext:
                 backend=self.config.device.distributed_backend,
                 device=self.device_name or "cpu",
                 timeout_s=self.config.parallel.distributed_timeout_s,
+                in_driver=self.in_driver,
                 given_up=self._given_up,
                 existing="use" if self.existing_group == "use" else "refuse",
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,15 @@ from exec_core.errors import ConfigError, ExecutorError
 
 _SLACK_NS = 10_000_000
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # of linux/prctl.h
+# What a group over NCCL does when a collective fails, because a peer has died say, or takes too long: its watchdog waits for a
+# minute and then ends the process. In the host's process it is to abort the communicator, at once, and no more.
+_SPARING = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
 
 _lock = threading.Lock()
 _users = 0  # memberships that rest on a default group made here; guarded by _lock
@@ -103,6 +113,7 @@ class World:
         backend: None (gloo on cpu, NCCL and gloo on cuda) or a torch.distributed backend.
         device: ``cpu`` or ``cuda:N``.
         timeout_s: limit of a collective; None: torch's default.
+        in_driver: this process is the host's, and must outlive whatever becomes of the world.
         existing: what to do with a default group that the host made.
         given_up: asked while rank 0 in the driver waits for the others; True when they will not come.
     """
@@ -115,6 +126,7 @@ class World:
     backend: str | None
     device: str
     timeout_s: float | None
+    in_driver: bool = False
     existing: Literal["refuse", "use"] = "refuse"
     given_up: Callable[[], bool] = lambda: False
 
@@ -130,6 +142,7 @@ class Membership:
         self._owned = owned  # subgroups made for this membership; empty when the default group goes with it
         self._alone = alone
         self._counted = counted
+        self._aborted = False
 
     def check_may_leave(self) -> None:
         """Raises `ConfigError` where leaving would not free the process for another world."""
@@ -143,9 +156,10 @@ class Membership:
         """Ends what this process is doing, or will do, in these groups, as far as their backends can.
 
         For another thread than the one inside: when a rank has died, a collective may never end by itself. It neither
-        raises nor waits. NCCL aborts its communicators (untested); gloo cannot, but fails when a connection closes.
+        raises nor waits. NCCL aborts its communicators; gloo cannot, but fails when a connection closes.
         The groups are still to be left. The host's own stay untouched.
         """
+        self._aborted = True
         for group in self._abortable:
             # A thread each: an abort may have to wait for a kernel that waits for another group's.
             with suppress(RuntimeError):  # a limit on threads
@@ -157,16 +171,14 @@ class Membership:
 
         global _users
         owned, self._owned = [*self._owned, *self._alone.forget()], []
-        self._abortable = ()
+        abortable, self._abortable = [*self._abortable], ()
         counted, self._counted = self._counted, False
         with _lock:
             _users -= counted
-            if counted and _users == 0 and dist.is_initialized():
-                dist.destroy_process_group()  # takes all groups over it along
-                return
-        for group in owned:
-            if dist.is_initialized():
-                dist.destroy_process_group(group)
+            last = counted and _users == 0
+            for group in [None] if last else owned:  # the default group takes all groups over it along
+                if dist.is_initialized():
+                    _give_up(group, abortable) if self._aborted else dist.destroy_process_group(group)
 
 
 def join(world: World) -> Membership:
@@ -196,12 +208,14 @@ def join(world: World) -> Membership:
                     "the default process group", f"must be rank {world.rank} of {world.world_size}",
                     f"rank {dist.get_rank()} of {dist.get_world_size()}", "match the parallel sizes to the group",
                 )  # fmt: skip
-            groups, made, alone = _split(world)
+            with _host_spared(world):
+                groups, made, alone = _split(world)
             _users += ours
             return Membership(groups, made, alone, counted=ours, abortable=made)
         try:
-            _init_default(world)
-            groups, made, alone = _split(world)
+            with _host_spared(world):
+                _init_default(world)
+                groups, made, alone = _split(world)
         except BaseException:
             _forget_default()
             raise
@@ -217,6 +231,41 @@ def _abort(group: Any) -> None:
 
             group = group._get_backend(torch.device("cuda"))  # noqa: SLF001 # as torch's own function for it does
         group.abort()
+
+
+def _give_up(group: Any, held: list[Any]) -> None:
+    """Destroys an aborted group, or all (None), of which the caller has given ``held``.
+
+    That waits for NCCL's watchdog, which may be seconds in describing what was aborted: a thread does.
+    """
+    import torch.distributed as dist
+
+    if "nccl" not in dist.get_backend_config(group):
+        dist.destroy_process_group(group)
+        return
+    # Torch's own destroys as well, but asks communicators that are aborted to finish first.
+    dist.distributed_c10d._abort_process_group(group)  # noqa: SLF001 # there is no public one
+    with suppress(RuntimeError):  # a limit on threads: then whoever lets go of a group last waits
+        threading.Thread(target=_see_off, args=(held,), name="exec-abort", daemon=True).start()
+
+
+def _see_off(groups: list[Any]) -> None:
+    """Waits for the threads of aborted groups."""
+    while groups:
+        with suppress(Exception):  # torch 2.6 cannot be asked: it waits when the object goes, at the end of this turn
+            groups.pop().shutdown()
+
+
+@contextmanager
+def _host_spared(world: World) -> Iterator[None]:
+    """Groups made meanwhile do not end the process of the host, unless its environment says what they are to do."""
+    missing = set(_SPARING) - set(os.environ) if world.in_driver and "nccl" in _backend(world) else ()
+    os.environ.update({name: _SPARING[name] for name in missing})  # read by each group when it is made
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 def _init_default(world: World) -> None:

@@ -183,6 +183,22 @@ def select_device(context: WorkerContext | None) -> None:
         torch.cuda.set_device(context.device)
 
 
+def device_failure(context: WorkerContext | None) -> str | None:
+    """Why CUDA refuses this process everything from now on, as it does after a kernel has failed. None: it does not."""
+    torch = sys.modules.get("torch")
+    if torch is None or context is None or not (context.device_name or "").startswith("cuda"):
+        return None
+    if not torch.cuda.is_initialized():
+        return None
+    try:
+        if not torch.cuda.is_current_stream_capturing():  # else it may not be asked
+            torch.cuda.current_stream(context.device).query()
+    except Exception as error:
+        text = str(error).splitlines()[0]
+        return None if "captur" in text else text  # another thread's, in a mode that concerns all
+    return None
+
+
 def set_threads(threads: int) -> None:
     """CPU threads of torch in this process, whether it is imported already or not yet."""
     os.environ["OMP_NUM_THREADS"] = str(threads)

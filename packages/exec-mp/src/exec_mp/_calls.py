@@ -285,11 +285,17 @@ class Calls:
         return True
 
     def close(self, error: BaseException) -> list[Entry]:
-        """Nothing is opened any more; every unfinished call finishes with an ``error`` of its own: each is raised by itself."""
+        """Nothing is opened any more; every unfinished call finishes with an ``error`` of its own: each is raised by itself.
+
+        A call in which the rank that has ended had failed first finishes with that, which is why.
+        """
         self.closed_by = self.closed_by or error
         unfinished = [entry for entry in list(self.in_flight.values()) if not entry.finished]
         for entry in unfinished:
-            self._finish(entry, copy.copy(error))
+            own = [failure.error for failure in entry.failures if failure.rank == getattr(error, "rank", None)]
+            if own:
+                own[0].add_note(str(error))
+            self._finish(entry, own[0] if own else copy.copy(error))
         self.in_flight.clear()
         self.gated.clear()
         return unfinished

@@ -24,7 +24,7 @@ from exec_core import messages
 from exec_core.errors import ExecutorError, MessageTooLargeError
 from exec_core.messages import Encoded, Reply, Status, method_name
 from exec_core.worker import as_async_output
-from exec_core.wrapper import DONE, WorkerWrapper, select_device, set_threads, settle
+from exec_core.wrapper import DONE, WorkerWrapper, device_failure, select_device, set_threads, settle
 from exec_mp._channel import NOTHING, Body
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
@@ -126,6 +126,8 @@ class _Outputs:
                 reply = Reply.of_error(error)
             self._replier.send(call_id, name, reply, wants_value=True)
             self._replier.unsettled.discard(call_id)
+            if reply.error is not None:
+                _leave_if_useless(self._wrapper)
             del item, value, reply  # what they hold does not outlive the call
 
     def close(self) -> None:
@@ -151,6 +153,14 @@ def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) 
     return name or method_name(method), wrapper.run(method, args, kwargs)
 
 
+def _leave_if_useless(wrapper: WorkerWrapper) -> None:
+    """Ends this process when its device is lost to it: no call would ever succeed, and only a new process helps."""
+    if why := device_failure(wrapper.context):
+        sys.stderr.write(f"rank {wrapper.rank} leaves: CUDA refuses it everything from now on, after {why}\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
     outputs = _Outputs(wrapper, replier)
@@ -169,6 +179,8 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
                 replier.send(call_id, name, reply, wanted != 0)
             else:
                 outputs.put(call_id, name, reply.value)
+            if reply.error is not None:
+                _leave_if_useless(wrapper)
         del reply
     outputs.close()
 
