@@ -184,6 +184,28 @@ def test_shutdown_once(tmp_path: Path) -> None:
     assert isinstance(wrapper.execute(Request("where")).error, ExecutorError)
 
 
+def test_shutdown_does_not_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither what the worker raises nor what leaving its groups does keeps the rest from being shut down."""
+
+    class Failing(workers.EchoWorker):
+        def shutdown(self) -> None:
+            raise OSError("in the worker")
+
+    def leave(_context: WorkerContext) -> None:
+        raise OSError("in the groups")
+
+    monkeypatch.setattr(WorkerContext, "leave", leave)
+    wrapper = made(tmp_path, Failing)
+    wrapper.shutdown()
+
+    assert wrapper.worker is None
+    assert ["in the worker", "in the groups"] == [
+        str(record.exc_info[1]) for record in caplog.records if record.exc_info
+    ]
+
+
 def test_private_directory_of_the_driver_is_swept(tmp_path: Path) -> None:
     """A worker in the driver's process leaves no directory of its own behind, and those of other ranks alone."""
     wrapper = made(tmp_path)

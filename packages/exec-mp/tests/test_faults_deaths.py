@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import cloudpickle
 import pytest
 
 import exec_core as ec
@@ -19,6 +21,8 @@ from exec_core.testing import eventually, faults, workers
 from exec_core.testing.sync import Gate
 
 Launch = Callable[..., ec.Executor]
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 SOON_S = 5.0  # for what takes milliseconds on a quiet machine
 

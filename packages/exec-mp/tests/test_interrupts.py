@@ -55,6 +55,8 @@ def test_interrupts_at_any_moment(launch: Launch) -> None:
     assert interrupted > 0
 
 
+# Ctrl-C may come between the opening of a file and its `with`: then it is closed as garbage, which Python tells.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_while_other_threads_call(launch: Launch) -> None:
     """Ctrl-C in the main thread leaves the calls of other threads alone, blocking ones and futures."""
     executor = launch(2)

@@ -331,7 +331,8 @@ class BaseExecutor(abc.ABC):
         Args:
             method: a worker method's name, or a callable that gets the worker first.
             timeout: limit over sending and waiting, in seconds; None: ``RpcConfig.timeout_s``; infinity: none.
-            args, kwargs: its arguments, pickled once by cloudpickle's rules.
+            args, kwargs: its arguments, pickled once by cloudpickle's rules. A CUDA tensor arrives in host memory, as it does
+                in a value; a worker in the caller's process is given, and returns, the tensor itself.
             non_block: return a `concurrent.futures.Future` once it is sent.
             ranks: who runs it; None: all.
             reply_ranks: whose value is returned; None: of ``ranks``.

@@ -150,7 +150,14 @@ class WorkerWrapper:
             context.log.warning("worker's shutdown raised", exc_info=True)
         finally:
             self.worker = None
+            self._close(context)
+
+    @staticmethod
+    def _close(context: WorkerContext) -> None:
+        try:
             context.close()
+        except Exception:  # of a backend whose peers are gone, say
+            context.log.warning("leaving the process groups raised", exc_info=True)
 
 
 def _logger(init: WorkerInit) -> Any:
