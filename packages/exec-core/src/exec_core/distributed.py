@@ -177,8 +177,10 @@ class Membership:
             _users -= counted
             last = counted and _users == 0
             for group in [None] if last else owned:  # the default group takes all groups over it along
-                if dist.is_initialized():
-                    _give_up(group, abortable) if self._aborted else dist.destroy_process_group(group)
+                if dist.is_initialized() and self._aborted:
+                    _give_up(group, abortable)
+                elif dist.is_initialized():
+                    dist.destroy_process_group(group)
 
 
 def join(world: World) -> Membership:
