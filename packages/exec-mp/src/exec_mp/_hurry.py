@@ -73,7 +73,11 @@ class DriverLine:
 
     def __init__(self, shared: Shared, remote_ranks: Sequence[int]) -> None:
         self.scarce = scarce(shared.geometry.world_size)
-        self._shared, self._words, self._ranks = shared, shared.words, frozenset(remote_ranks)
+        self._shared, self._words = shared, shared.words
+        self._places = [
+            (rank, shared.word(_layout.IN_LINE, rank), shared.word(_layout.REQUESTS_READ, rank))
+            for rank in remote_ranks
+        ]
         watch = min(remote_ranks, default=0)  # one rank is enough to watch, and must be alone in that
         self._waiter, self._moves, self._may_use = (
             shared.word(row, watch) for row in (_layout.WAITER, _layout.MOVES, _layout.MAY_USE)
@@ -105,14 +109,8 @@ class DriverLine:
 
     def late(self, ranks: Sequence[int], sent: int) -> list[int]:
         """Those of ``ranks`` that wait although there are requests, ``sent`` in all, that they have not read."""
-        words, word = self._words, self._shared.word
-        return [
-            rank
-            for rank in ranks
-            if rank in self._ranks
-            and words[word(_layout.IN_LINE, rank)]
-            and words[word(_layout.REQUESTS_READ, rank)] < sent
-        ]
+        words = self._words
+        return [rank for rank, in_line, read in self._places if words[in_line] and words[read] < sent and rank in ranks]
 
     def hurry(self, rank: int, pid: int) -> None:
         """Moves ``rank``, which is process ``pid``, if it stands in line."""

@@ -43,23 +43,26 @@ class Pace:
         self._usual_s = 0.0  # average of the waits that were slept through
         self._error_s = math.inf  # average distance from it
         self._early_s = math.inf  # a wait is rarely shorter than usual by more
+        self._margin_s: float | None = None  # how much earlier than usual to be awake; None: it cannot be foreseen
         self._late_s = 50e-6  # average time from a nap's end to being awake
 
     def begin(self, now: float) -> None:
         """A wait begins."""
-        if self.slept and self.came > self._began:  # else it was given up
-            self._learn(self.came - self._began)
-        self._began, self.spin_until, self.slept = now, now + self._patience_s, False
+        if self.slept:
+            if self.came > self._began:  # else it was given up
+                self._learn(self.came - self._began)
+            self.slept = False
+        self._began, self.spin_until = now, now + self._patience_s
 
     def rest(self, now: float) -> float:
         """How long to sleep if nothing comes; infinity until it does."""
-        if not self.slept and (margin := self._margin()) is not None:
-            nap_s = self._began + self._usual_s - margin - self._late_s - now
-            if nap_s > 0:
-                self._awake_at = now + nap_s
-                self.slept = True
-                return nap_s
-        self.slept = True
+        if not self.slept:
+            self.slept = True
+            if self._margin_s is not None:
+                nap_s = self._began + self._usual_s - self._margin_s - self._late_s - now
+                if nap_s > 0:
+                    self._awake_at = now + nap_s
+                    return nap_s
         return math.inf
 
     def woken(self, now: float) -> None:
@@ -67,25 +70,29 @@ class Pace:
         if self._awake_at <= now:  # by itself
             self._late_s += (min(now - self._awake_at, self.spin_s) - self._late_s) * _GAIN
             # What comes late costs only then, and it is the late steps that people notice.
-            self.spin_until = self._began + self._usual_s + (self._margin() or 0.0) + _LONGER * self.spin_s
+            self.spin_until = self._began + self._usual_s + (self._margin_s or 0.0) + _LONGER * self.spin_s
         self._awake_at = math.inf
 
     def _learn(self, waited_s: float) -> None:
-        """From a wait that was slept through. After a long one, the next one begins with yielding only briefly."""
-        self._patience_s = self.spin_s if waited_s < 4 * self.spin_s else self.spin_s / 16
-        early_s = self._usual_s - waited_s
-        error_s = abs(early_s)
-        if error_s > _FAR_S:
-            self._usual_s, error_s = waited_s, _FAR_S
-        else:
-            self._usual_s -= early_s * _GAIN
-        self._error_s = min(self._error_s, _FAR_S)
-        self._error_s += (error_s - self._error_s) * _GAIN
-        # Up by nearly an average distance when a wait was shorter than that, else down by very little: in balance it is rare.
-        self._early_s += self._error_s * ((early_s > self._early_s) - _RARE)
-        self._early_s = min(self._early_s, _WIDE * self._error_s)
+        """From a wait that was slept through. After a long one, the next one begins with yielding only briefly.
 
-    def _margin(self) -> float | None:
-        """How much earlier than usual it may well come; None: it cannot be foreseen."""
-        most_s = min(_EARLY * self.spin_s, self._usual_s * _SHARE)
-        return None if self._error_s > most_s else min(self._early_s + _LEAST_S, most_s)
+        In few steps: caches are cold between one wait and the next, so each costs many times what it costs elsewhere.
+        """
+        spin_s, usual_s, error_s = self.spin_s, self._usual_s, self._error_s
+        self._patience_s = spin_s if waited_s < 4 * spin_s else spin_s / 16
+        early_s = usual_s - waited_s
+        off_s = early_s if early_s > 0 else -early_s
+        if off_s > _FAR_S:
+            usual_s, off_s = waited_s, _FAR_S
+        else:
+            usual_s -= early_s * _GAIN
+        error_s = min(error_s, _FAR_S)
+        error_s += (off_s - error_s) * _GAIN
+        # Up by nearly an average distance when a wait was shorter than that, else down by very little: in balance it is rare.
+        margin_s = self._early_s + error_s * ((early_s > self._early_s) - _RARE)
+        margin_s = min(margin_s, _WIDE * error_s)
+        self._usual_s, self._error_s, self._early_s = usual_s, error_s, margin_s
+        most_s, share_s = _EARLY * spin_s, _SHARE * usual_s
+        most_s = min(most_s, share_s)
+        margin_s += _LEAST_S
+        self._margin_s = None if error_s > most_s else min(most_s, margin_s)
