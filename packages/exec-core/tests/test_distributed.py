@@ -150,9 +150,9 @@ def test_abort_neither_waits_nor_raises() -> None:
     eventually(lambda: "exec-abort" not in {thread.name for thread in threading.enumerate()})
 
 
-@pytest.mark.parametrize(("in_driver", "device"), [(True, "cuda:0"), (False, "cuda:0"), (True, "cpu")])
-def test_nccl_spares_the_hosts_process(monkeypatch: pytest.MonkeyPatch, in_driver: bool, device: str) -> None:
-    """Groups over NCCL in the host's process are made so that they do not end it; what the host has set, holds."""
+@pytest.mark.parametrize(("watched", "device"), [(True, "cuda:0"), (False, "cuda:0"), (True, "cpu")])
+def test_nccl_spares_the_hosts_process(monkeypatch: pytest.MonkeyPatch, watched: bool, device: str) -> None:
+    """Where the executor learns of deaths, groups over NCCL are made so that they do not end its process; what the host has set, holds."""
     seen: list[dict[str, str]] = []
 
     def make(_world: World) -> None:
@@ -163,13 +163,13 @@ def test_nccl_spares_the_hosts_process(monkeypatch: pytest.MonkeyPatch, in_drive
     monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
     before = dict(os.environ)
     with pytest.raises(OSError, match="nothing is made here"):
-        join(attrs.evolve(world(), backend=None, device=device, in_driver=in_driver))
+        join(attrs.evolve(world(), device=device, given_up=(lambda: False) if watched else None))
 
     spared = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
     }  # fmt: skip
-    expected = spared if in_driver and device != "cpu" else {}
+    expected = spared if watched and device != "cpu" else {}
     assert [{**expected, "TORCH_NCCL_ENABLE_MONITORING": "1"}] == seen
     assert before == dict(os.environ)
 

@@ -198,7 +198,7 @@ def test_error_waits_for_a_worker_that_is_slow_to_die(launch: Launch) -> None:
     assert (1, "SIGKILL") == (error.rank, error.signal_name)
 
 
-def fail_on_device(worker: Any, why: str = "", rank: int = 0, is_output: bool = False) -> Any:
+def fail_on_device(worker: Any, why: str = "", rank: int = 0, how: str = "call") -> Any:
     """Raises on ``rank``, of which CUDA then says ``why`` it does nothing more; it is well without. The others wait."""
     import torch
 
@@ -212,6 +212,10 @@ def fail_on_device(worker: Any, why: str = "", rank: int = 0, is_output: bool = 
         def get_output(self) -> Any:
             raise ValueError("told to fail")
 
+    class Value:
+        def __reduce__(self) -> Any:
+            raise ValueError("told to fail")
+
     if worker.context.rank != rank:
         return faults.nap(worker)
     worker.context.device_name = "cuda:0"
@@ -219,21 +223,23 @@ def fail_on_device(worker: Any, why: str = "", rank: int = 0, is_output: bool = 
         set_device=lambda _: None, is_initialized=lambda: True, is_current_stream_capturing=lambda: False,
         current_stream=lambda _: Stream(),
     )  # fmt: skip
-    return Output() if is_output else Output().get_output()
+    return {"output": Output, "value": Value, "call": Output().get_output}[how]()
 
 
-@pytest.mark.parametrize("is_output", [False, True])
-def test_rank_whose_device_is_lost_leaves(launch: Launch, is_output: bool) -> None:
-    """Nothing would ever work there again. The call gets the error that began it, the others learn that the rank is gone."""
+@pytest.mark.parametrize("how", ["call", "output", "value"])
+def test_rank_whose_device_is_lost_leaves(launch: Launch, how: str) -> None:
+    """Nothing would ever work there again. The call gets the error that began it, later ones that the rank is gone, and why."""
     executor = launch(2)
     pids = pids_of(executor)
     lost = "CUDA error: device-side assert triggered"
-    error = error_of(lambda: executor.collective_rpc(fail_on_device, args=(lost, 1, is_output)))
+    error = error_of(lambda: executor.collective_rpc(fail_on_device, args=(lost, 1, how)))
 
-    assert (ValueError, "told to fail") == (type(error), str(error))
-    assert f"rank 1 (pid {pids[1]}) exited with code 1" in error.__notes__[-1]
-    assert error.__notes__[-1].endswith(f"rank 1 leaves: CUDA refuses it everything from now on, after {lost}")
-    assert isinstance(error_of(lambda: executor.collective_rpc("where")), ec.ExecutorFailedError)
+    assert "told to fail" in str(error)
+    eventually(lambda: executor.state is ec.State.FAILED)
+    died = error_of(lambda: executor.collective_rpc("where")).__cause__
+    assert isinstance(died, ec.WorkerDiedError)
+    assert (1, pids[1], 1) == (died.rank, died.pid, died.exit_code)
+    assert str(died).endswith(f"rank 1 leaves: CUDA refuses it everything from now on, after {lost}")
     faults.await_gone(pids, SOON_S)
     executor.restart()
     assert [(0, 1), (1, 1)] == executor.collective_rpc("where", args=(1,))

@@ -68,7 +68,7 @@ class WorkerContext:
     log_format: str = "json"
     groups: distributed.ProcessGroups | None = None
     log: Any = None
-    _given_up: Callable[[], bool] = lambda: False
+    _given_up: Callable[[], bool] | None = None
     _progress: ReportProgress = lambda done, total, what: None
     _membership: distributed.Membership | None = None
     _private_dir: str | None = None  # once it has been asked for: the rank may become another
@@ -157,7 +157,6 @@ class WorkerContext:
                 backend=self.config.device.distributed_backend,
                 device=self.device_name or "cpu",
                 timeout_s=self.config.parallel.distributed_timeout_s,
-                in_driver=self.in_driver,
                 given_up=self._given_up,
                 existing="use" if self.existing_group == "use" else "refuse",
             )

@@ -24,7 +24,8 @@ from exec_core.errors import ConfigError, ExecutorError
 _SLACK_NS = 10_000_000
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # of linux/prctl.h
 # What a group over NCCL does when a collective fails, because a peer has died say, or takes too long: its watchdog waits for a
-# minute and then ends the process. In the host's process it is to abort the communicator, at once, and no more.
+# minute and then ends the process. The driver's is not to end: there it aborts the communicator, at once, and no more. What
+# that leaves in memory is no result; the executor knows why, and raises that.
 _SPARING = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
@@ -113,9 +114,9 @@ class World:
         backend: None (gloo on cpu, NCCL and gloo on cuda) or a torch.distributed backend.
         device: ``cpu`` or ``cuda:N``.
         timeout_s: limit of a collective; None: torch's default.
-        in_driver: this process is the host's, and must outlive whatever becomes of the world.
         existing: what to do with a default group that the host made.
-        given_up: asked while rank 0 in the driver waits for the others; True when they will not come.
+        given_up: for rank 0 in the driver, whose executor learns of deaths and then calls `Membership.abort`: asked while it waits for
+            the others; True when they will not come.
     """
 
     rank: int
@@ -126,9 +127,8 @@ class World:
     backend: str | None
     device: str
     timeout_s: float | None
-    in_driver: bool = False
     existing: Literal["refuse", "use"] = "refuse"
-    given_up: Callable[[], bool] = lambda: False
+    given_up: Callable[[], bool] | None = None
 
 
 class Membership:
@@ -260,8 +260,9 @@ def _see_off(groups: list[Any]) -> None:
 
 @contextmanager
 def _host_spared(world: World) -> Iterator[None]:
-    """Groups made meanwhile do not end the process of the host, unless its environment says what they are to do."""
-    missing = set(_SPARING) - set(os.environ) if world.in_driver and "nccl" in _backend(world) else ()
+    """Groups of rank 0 in the driver, made meanwhile, do not end that process, unless its environment says what they are to do."""
+    watched = world.given_up is not None and "nccl" in _backend(world)
+    missing = set(_SPARING) - set(os.environ) if watched else ()
     os.environ.update({name: _SPARING[name] for name in missing})  # read by each group when it is made
     try:
         yield
@@ -280,7 +281,7 @@ def _init_default(world: World) -> None:
         options["store"] = dist.HashStore()  # type: ignore[attr-defined] # public, not listed in its __all__
     elif world.init_method.startswith("file://"):
         path = world.init_method.removeprefix("file://")
-        options["store"] = stores.file_store(path, world.world_size, world.timeout_s, world.given_up)
+        options["store"] = stores.file_store(path, world.world_size, world.timeout_s, world.given_up or (lambda: False))
     elif world.init_method.startswith("tcp://"):
         options["store"] = stores.tcp_store(world.init_method, world.rank, world.world_size, world.timeout_s)
     else:

@@ -71,7 +71,7 @@ class WorkerWrapper:
         self,
         rank: int,
         progress: ReportProgress = lambda done, total, what: None,
-        given_up: Callable[[], bool] = lambda: False,
+        given_up: Callable[[], bool] | None = None,
     ) -> None:
         self.rank = rank
         self.context: WorkerContext | None = None

@@ -55,7 +55,8 @@ class Replier:
         """
         self._publish(call_id, Status.VALUE, NOTHING, 0)
 
-    def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> None:
+    def send(self, call_id: int, name: str, reply: Reply, wants_value: bool) -> bool:
+        """Whether it was a value: one that cannot be sent becomes an error."""
         body = NOTHING
         if reply.error is None and wants_value and reply.value is not None:
             try:
@@ -64,8 +65,9 @@ class Replier:
                 reply = Reply.of_error(unsendable)
         if reply.error is None:
             self._publish(call_id, Status.VALUE, body, 0)
-        else:
-            self._publish(call_id, Status.ERROR, _encode_error(reply.error), reply.time_ns)
+            return True
+        self._publish(call_id, Status.ERROR, _encode_error(reply.error), reply.time_ns)
+        return False
 
     def _encode(self, name: str, value: Any) -> Encoded:
         body, limit = messages.encode(value, f"the result of {name!r}"), self._max_message_bytes
@@ -124,9 +126,9 @@ class _Outputs:
                 reply = Reply(settle(value, wanted=True))
             except BaseException as error:
                 reply = Reply.of_error(error)
-            self._replier.send(call_id, name, reply, wants_value=True)
+            succeeded = self._replier.send(call_id, name, reply, wants_value=True)
             self._replier.unsettled.discard(call_id)
-            if reply.error is not None:
+            if not succeeded:
                 _leave_if_useless(self._wrapper)
             del item, value, reply  # what they hold does not outlive the call
 
@@ -176,11 +178,10 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
             if silent:
                 replier.done(call_id)
             elif reply.value is None or as_async_output(reply.value) is None:
-                replier.send(call_id, name, reply, wanted != 0)
+                if not replier.send(call_id, name, reply, wanted != 0):
+                    _leave_if_useless(wrapper)
             else:
                 outputs.put(call_id, name, reply.value)
-            if reply.error is not None:
-                _leave_if_useless(wrapper)
         del reply
     outputs.close()
 
