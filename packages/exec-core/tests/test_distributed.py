@@ -150,6 +150,35 @@ def test_abort_neither_waits_nor_raises() -> None:
     eventually(lambda: "exec-abort" not in {thread.name for thread in threading.enumerate()})
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_aborted_group_over_nccl_is_given_up(monkeypatch: pytest.MonkeyPatch, refuses: bool) -> None:
+    """Leaving does not wait for the group's threads, and frees the process for another world, also where torch refuses."""
+    may_end = threading.Event()
+
+    class SlowToEnd(Aborted):
+        def abort(self) -> None:
+            if refuses:
+                raise RuntimeError("it cannot be aborted")
+
+        def shutdown(self) -> None:
+            if not refuses:
+                may_end.wait(DEADLINE_S)
+
+    name = f"slow{refuses}".lower()
+    dist.Backend.register_backend(name, SlowToEnd, devices=["cpu"])
+    monkeypatch.setattr(dist, "get_backend_config", lambda _group: "cuda:nccl")  # there is none without a device
+    membership = join(attrs.evolve(world(), backend=name))
+    membership.abort()
+    membership.leave()
+
+    assert not dist.is_initialized()
+    monkeypatch.undo()
+    join(world()).leave()
+    assert refuses or "exec-abort" in {thread.name for thread in threading.enumerate()}  # still waiting for the group
+    may_end.set()
+    eventually(lambda: "exec-abort" not in {thread.name for thread in threading.enumerate()})
+
+
 @pytest.mark.parametrize(("watched", "device"), [(True, "cuda:0"), (False, "cuda:0"), (True, "cpu")])
 def test_nccl_spares_the_hosts_process(monkeypatch: pytest.MonkeyPatch, watched: bool, device: str) -> None:
     """Where the executor learns of deaths, groups over NCCL are made so that they do not end its process; what the host has set, holds."""

@@ -245,8 +245,12 @@ def _give_up(group: Any, held: list[Any]) -> None:
     if "nccl" not in dist.get_backend_config(group):
         dist.destroy_process_group(group)
         return
-    # Torch's own destroys as well, but asks communicators that are aborted to finish first.
-    dist.distributed_c10d._abort_process_group(group)  # noqa: SLF001 # there is no public one
+    try:
+        # The public function would ask communicators that are aborted to finish first.
+        dist.distributed_c10d._abort_process_group(group)  # noqa: SLF001 # as it says
+    except Exception:  # aborted twice, in a state that torch does not foresee: then this thread waits
+        dist.destroy_process_group(group)
+        return
     with suppress(RuntimeError):  # a limit on threads: then whoever lets go of a group last waits
         threading.Thread(target=_see_off, args=(held,), name="exec-abort", daemon=True).start()
 
