@@ -208,7 +208,7 @@ def test_stacks_again_and_again(launch: Launch, tmp_path: Path) -> None:
         gate = Gate(tmp_path / str(number))
         Path(gate.directory).mkdir()
         with pytest.raises(ec.RpcTimeoutError) as caught:
-            executor.collective_rpc(stay, 0.05, args=(f"frame_{number}",))
+            executor.collective_rpc(stay, 0.2, args=(f"frame_{number}",))
         reports.append(caught.value.stacks[0])
         gate.open()
         executor.collective_rpc("where")

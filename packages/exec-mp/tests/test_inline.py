@@ -93,7 +93,7 @@ def test_late_rank_in_another_process_times_out(launch: Launch, gate: Gate) -> N
     """A rank in a process of its own that does not answer makes the call time out, once rank 0 has done its part."""
     executor = launch(2, parallel=INLINE)
     with pytest.raises(ec.RpcTimeoutError) as caught:
-        executor.collective_rpc(workers.wait_at, 0.05, args=(gate, 1))
+        executor.collective_rpc(workers.wait_at, 0.5, args=(gate, 1))
     gate.open()
 
     assert ((0,), (1,)) == (caught.value.answered_ranks, caught.value.pending_ranks)
