@@ -26,7 +26,6 @@ from exec_mp._channel import (
     Header,
     rings,
 )
-from exec_mp._hurry import DriverLine
 from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
 from exec_mp._spread import processor
 
@@ -43,7 +42,6 @@ class DriverChannel:
     Attributes:
         is_awake: what `stay_awake` and `may_sleep` have said last.
         sent: requests published; written by the publishing thread.
-        line: who stands in line for a processor.
         glance: all answers' words as they are now. With nothing but acknowledgements of one call that is ``pack_id(call_id)``,
             as often as there are ranks, and `rest`.
         seen: of them, what has been dealt with; for the taking thread, as all that follows `publish` and its kin.
@@ -78,7 +76,6 @@ class DriverChannel:
         self._left_at: dict[int, int] = {}  # of such a rank: requests it reads before
         self._sleep_word, self._cpu_word = shared.word(_layout.DRIVER_SLEEPS, 0), shared.word(_layout.DRIVER_CPU, 0)
         self._words[self._sleep_word] = 1
-        self.line = DriverLine(shared, self.remote_ranks)
         self.is_awake = False
         self._in_order = threading.Lock()  # taken for the locked instruction alone
         self.sent = 0
@@ -119,7 +116,8 @@ class DriverChannel:
         Args:
             kind: GATED if a rank is to start the call only when `open_gate` says so; AWAY if others may be sent any number of
                 requests while the call runs.
-            yields: gives the processor away at once: a rank may be looking for the request, on this very one.
+            yields: gives the processor away at once where nobody has to be woken: a rank may be looking for the request, on
+                this very one.
         """
         number, word = self.sent, self._word
         if number >= self._crowded_at and number - self._count_read() >= self._slots:
@@ -140,13 +138,12 @@ class DriverChannel:
         if kind and kind & AWAY:
             self._away, self._ranks = self._away | {*ranks}, ()
         self._word = self._numbers[(number + 1) % self._slots]
-        if yields:
-            sched_yield()  # a system call orders memory as well
-        else:
-            with self._in_order:
-                pass
+        with self._in_order:
+            pass
         if (sleeps := self._sleeps.tobytes()) != self._all_awake:
             self._wake(sleeps, ranks)
+        elif yields:
+            sched_yield()
         return True
 
     def _address(self, ranks: tuple[int, ...], reply_ranks: tuple[int, ...], number: int, kind: int) -> None:

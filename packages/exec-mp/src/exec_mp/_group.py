@@ -92,7 +92,6 @@ class ProcessGroup:
             self._lock,
             self._answers,
             handlers,
-            pids=parts.pids,
             settle=self._settle,
             broken=self._broken,
         )

@@ -4,7 +4,7 @@ One anonymous memfd holds everything::
 
     control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
 
-Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``REJOIN``, ``HURRIED``, ``WAITER``, and
+Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``REJOIN``, and
 for ``DRIVER_SLEEPS`` and ``DRIVER_CPU`` (one word for all), the rank for the others. ``ACKS`` and ``REPLIES`` of all ranks lie side
 by side, so that the driver looks at one slice to see all. What a rank writes with each call and the driver seldom reads lies in
 a place of the rank's own: two processors that write to one cache line take it from each other, which takes 30 to 170 ns each
@@ -30,12 +30,11 @@ from exec_core.messages import NAME_BYTES, Part
 from exec_mp._arena import BLOCKS
 
 # Rows with one word per rank.
-ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU, WAITER, REJOIN, HURRIED = range(10)
-# In the rank's own place, the last one to its end.
-CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS, IN_LINE, MOVES, MAY_USE = range(10, 17)
-_ROWS = 10
+ACKS, REPLIES, SLEEPS, REPLIES_READ, GATE, DRIVER_SLEEPS, DRIVER_CPU, REJOIN = range(8)
+# In the rank's own place.
+CURRENT_CALL, READY_NS, REQUESTS_READ, STACKS = range(8, 12)
+_ROWS = 8
 _OWN_WORDS = 16  # of a rank; two lines, since processors fetch them in pairs
-MAY_USE_WORDS = _OWN_WORDS - (MAY_USE - _ROWS)
 # A request's header after number and masks: call id, kind, and the name, padded with zeros. Then, where there is a body, its
 # bytes, arena position (0: inline) and block.
 REQUEST, BODY = f"2Q{NAME_BYTES}s", struct.Struct("<3Q")
@@ -60,6 +59,7 @@ class Geometry:
         inline_bytes: room in a slot.
         arena_bytes: address space of each arena; its memory is used as messages need it.
         spin_s: seconds that a waiter yields before it sleeps.
+        foresees: whether ranks are awake when a request usually comes, see `exec_mp._pace`.
     """
 
     world_size: int
@@ -67,6 +67,7 @@ class Geometry:
     inline_bytes: int
     arena_bytes: int
     spin_s: float
+    foresees: bool = True
 
     @functools.cached_property
     def mask_words(self) -> int:

@@ -26,13 +26,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from os import sched_yield
-from threading import get_ident, get_native_id
+from threading import get_ident
 from time import monotonic
 
 from exec_mp._answers import Answers
 from exec_mp._calls import Calls, Entry
 from exec_mp._driver_channel import DriverChannel, Words
-from exec_mp._hurry import REQUEST_LATE_S
 from exec_mp._pace import Pace
 from exec_mp._poller import Handler, Poller
 from exec_mp._wakeup import Nudge, Wakeup
@@ -49,7 +48,6 @@ class Receiver:
         lock: the group's; guards ``calls`` as well.
         answers: what becomes of replies.
         handlers: what to call when a descriptor has something to read, see `exec_mp._poller`.
-        pids: process of each rank.
         settle: finishes entries that are due.
         broken: told of an error of the background thread itself.
     """
@@ -62,13 +60,11 @@ class Receiver:
         answers: Answers,
         handlers: Mapping[int, Handler],
         *,
-        pids: Mapping[int, int],
         settle: Callable[[Sequence[Entry]], None],
         broken: Callable[[Exception], None],
     ) -> None:
         self._channel, self._calls, self._lock, self._answers = channel, calls, lock, answers
-        self._settle, self._broken, self._pids = settle, broken, pids
-        self._watched = 0  # the call whose ranks were last looked at: whether they have begun it
+        self._settle, self._broken = settle, broken
         self._pace = Pace(channel.geometry.spin_s)  # of whoever leads
         whole = len(channel.remote_ranks) == channel.geometry.world_size
         self._remote = len(channel.remote_ranks) if whole else -1  # ranks of a call that all ranks can acknowledge
@@ -198,9 +194,7 @@ class Receiver:
                 self._arm(on=True)
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - monotonic()))
 
-    def _lead(  # noqa: C901 # in one: the way of every call
-        self, entry: Entry, alone: bool, complete: bytes, until: float = math.inf
-    ) -> bool:
+    def _lead(self, entry: Entry, alone: bool, complete: bytes, until: float = math.inf) -> bool:
         """Until ``entry``, which is not, is finished or due, or something is to be done without the lead.
 
         Args:
@@ -213,33 +207,29 @@ class Receiver:
         """
         channel, calls, todo, pace = self._channel, self._calls, self._todo, self._pace
         pace.begin(monotonic())
-        try:
-            while not entry.finished and (alone or not todo):  # the main thread does nothing of that, see `act`
-                seen, words = channel.glance(), None
-                if seen != channel.seen:
-                    if seen == complete and calls.close_only(entry):
-                        channel.seen = complete
-                        break
-                    # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
-                    others, words = len(calls.in_flight) > 1, channel.words(seen)
-                    if alone and (others or entry.future is not None) and not self._may_be_cut_short(entry, words):
-                        return False
-                now = monotonic()
-                # What some have acknowledged changes nothing yet if all ranks will, and nobody else has a call.
-                if words and (others or not complete or now >= pace.spin_until or channel.has_replies(words)):
-                    self._process(words)
-                    complete = b""
-                    if pace.slept:
-                        pace.spin_until = now + pace.spin_s  # the other ranks will not be long
-                elif now < pace.spin_until:
-                    sched_yield()
-                elif now >= entry.due or now >= until:
+        while not entry.finished and (alone or not todo):  # the main thread does nothing of that, see `act`
+            seen, words = channel.glance(), None
+            if seen != channel.seen:
+                if seen == complete and calls.close_only(entry):
+                    channel.seen = complete
+                    break
+                # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
+                others, words = len(calls.in_flight) > 1, channel.words(seen)
+                if alone and (others or entry.future is not None) and not self._may_be_cut_short(entry, words):
                     return False
-                else:
-                    self._sleep(entry, now, min(entry.due, until))
-        finally:
-            if pace.slept and channel.line.scarce:
-                channel.line.goes_on(get_native_id())
+            now = monotonic()
+            # What some have acknowledged changes nothing yet if all ranks will, and nobody else has a call.
+            if words and (others or not complete or now >= pace.spin_until or channel.has_replies(words)):
+                self._process(words)
+                complete = b""
+                if pace.slept:
+                    pace.spin_until = now + pace.spin_s  # the other ranks will not be long
+            elif now < pace.spin_until:
+                sched_yield()
+            elif now >= entry.due or now >= until:
+                return False
+            else:
+                self._sleep(now, min(entry.due, until))
         if pace.slept:
             pace.came = monotonic()
         return True
@@ -255,36 +245,15 @@ class Receiver:
         headers = [channel.take(rank, place) for rank, place in channel.replies(words)]
         return all(call_id == number and not position for call_id, _, _, _, position, *_ in headers)
 
-    def _sleep(self, entry: Entry, now: float, until: float) -> None:
+    def _sleep(self, now: float, until: float) -> None:
         """Rests while leading, until the bell rings or ``until`` at most."""
         channel, pace = self._channel, self._pace
         if self._armed is not False:  # else the bell would wake the background thread as well
             with self._lock:
                 self._arm(on=False)
-        rest_s = min(pace.rest(now), until - now)
-        if channel.line.scarce:
-            channel.line.waits(get_native_id())
-            if self._watched != entry.id and rest_s > 2 * REQUEST_LATE_S and self._late(entry):
-                if channel.sleep(REQUEST_LATE_S):
-                    rest_s = 0.0
-                else:
-                    self._watched = entry.id
-                    self._hurry_late(entry)
-                    rest_s -= monotonic() - now
-        if rest_s > 0:
-            channel.sleep(rest_s)
+        channel.sleep(min(pace.rest(now), until - now))
         channel.stay_awake()
         pace.woken(monotonic())
-
-    def _late(self, entry: Entry) -> list[int]:
-        """Ranks that wait, and have not taken ``entry`` or what was sent after it."""
-        return self._channel.line.late(entry.ranks, self._channel.sent)
-
-    def _hurry_late(self, entry: Entry) -> None:
-        """Ranks that are late by now may stand in line for a processor."""
-        for rank in self._late(entry):
-            if pid := self._pids.get(rank):
-                self._channel.line.hurry(rank, pid)
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:

@@ -17,7 +17,6 @@ from exec_core.wrapper import DONE
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
 from exec_mp._channel import AWAY, FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
-from exec_mp._hurry import ANSWER_LATE_S, RankLine
 from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
@@ -33,7 +32,6 @@ class WorkerChannel:
 
     Attributes:
         is_answered: set for a request that is answered by `publish`, now or later.
-        line: where the driver may stand.
     """
 
     def __init__(self, fd: int, geometry: Geometry, rank: int, bell: int, driver_bell: int) -> None:
@@ -57,9 +55,8 @@ class WorkerChannel:
         self._rejoin = shared.word(_layout.REJOIN, rank)
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
-        self.line = RankLine(shared, rank)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
-        self._pace = Pace(geometry.spin_s)
+        self._pace = Pace(geometry.spin_s, geometry.foresees)
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
         reply_holds = shared.holds(geometry.reply_holds(rank), BLOCKS)
@@ -190,36 +187,23 @@ class WorkerChannel:
             if now < pace.spin_until:
                 give_way()
             else:
-                first, until, comes = not pace.slept, now + pace.rest(now), False
-                self.line.waits()
-                # What this rank has answered last may lie there, while who waits for it stands in line for a processor.
-                if first and until - now > 2 * ANSWER_LATE_S and self.line.is_watched():
-                    comes = self._sleep(word, value, ANSWER_LATE_S)
-                    if not comes:
-                        self.line.hurry_driver()
-                        now = clock()
-                if not comes and until > now:
-                    self._sleep(word, value, until - now)
+                self._sleep(word, value, pace.rest(now))
                 pace.woken(clock())
         if pace.slept:
-            self.line.goes_on()
             pace.came = clock()
 
-    def _sleep(self, word: int, value: int, timeout_s: float) -> bool:
-        """Until the bell rings, or for ``timeout_s``. Whether the word has been reached by then, or the bell rang."""
+    def _sleep(self, word: int, value: int, timeout_s: float) -> None:
+        """Until the bell rings, or for ``timeout_s``; not at all if the word has reached ``value``."""
         self._arena.reclaim()
         self._words[self._sleeps] = 1
         with self._in_order:
             pass
-        comes = bool(self._words[word] >= value)
-        if not comes and rings(self._bell, self._poll, timeout_s):
-            comes = True
+        if self._words[word] < value and rings(self._bell, self._poll, timeout_s):
             try:  # noqa: SIM105 # in each step, where it is cold
                 os.eventfd_read(self._bell)
             except BlockingIOError:  # already taken
                 pass
         self._words[self._sleeps] = 0
-        return comes
 
     def count_stack(self) -> None:
         """One more stack report is written."""
