@@ -42,7 +42,7 @@ class Ends:
         driver = self.driver
         end = WorkerChannel(driver.fd, driver.geometry, rank, driver.bells[rank], driver.bell)
 
-        def run_bare(name: str) -> Reply:
+        def run(name: str, args: object = (), kwargs: object = None) -> Reply:
             if name == STAY.decode():
                 self.inside.set()
                 assert self.leave.wait(30)
@@ -50,7 +50,7 @@ class Ends:
             self.ran[rank].append(name)
             return DONE
 
-        assert [] == list(end.requests(run_bare, ()))
+        assert [] == list(end.requests(run, run, ()))
 
     def send(self, name: bytes, *ranks: int) -> bool:
         """A request. Whether there was room."""

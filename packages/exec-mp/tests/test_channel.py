@@ -1,9 +1,11 @@
 """The channel between a driver and its workers, both ends in one process."""
 
 import contextlib
+import math
 import os
 import select
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -43,7 +45,13 @@ class Ends:
             rank: WorkerChannel(driver.fd, driver.geometry, rank, driver.bells[rank], driver.bell) for rank in ranks
         }
         self.unsettled: set[int] = set()
-        self.requests = {rank: worker.requests(self._run_bare, self.unsettled) for rank, worker in self.workers.items()}
+        self.requests = {
+            rank: worker.requests(self._run, self._run_bare, self.unsettled) for rank, worker in self.workers.items()
+        }
+
+    @staticmethod
+    def _run(name: str, args: Any, kwargs: Any) -> Reply:
+        return DONE if name == "nothing" else Reply((name, args, kwargs))
 
     @staticmethod
     def _run_bare(name: str) -> Reply:
@@ -55,8 +63,8 @@ class Ends:
         del self.driver, self.workers, self.requests
 
     def send(self, value: object, ranks: tuple[int, ...] = (0, 1), call_id: int = 7) -> bool:
-        """Publishes ``value`` as the arguments of a call. Whether there was room."""
-        return self.driver.publish(call_id, b"load", messages.encode(value), ranks, ranks)
+        """Publishes a request with ``value``, and no name, for its body. Whether there was room."""
+        return self.driver.publish(call_id, b"", messages.encode(value), ranks, ranks)
 
     def next(self, rank: int) -> Incoming:
         """The next request for ``rank``, which it does not acknowledge."""
@@ -138,12 +146,13 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Ends]:
 
 def test_request_carries_everything(ends: Ends) -> None:
     """A request arrives with its id, its name, its body, and whether the value is wanted."""
-    ends.driver.publish(7, b"load", messages.encode((1, "x")), (0, 1), (1,))
+    value = "x" * GEOMETRY.inline_bytes
+    ends.driver.publish(7, b"load", messages.encode(value), (0, 1), (1,))
     wanted = []
     for rank in (0, 1):
         call_id, name, wants_value, body = ends.next(rank)
         assert not isinstance(body, Reply)
-        assert (7, "load", (1, "x")) == (call_id, name, messages.decode(*body))
+        assert (7, "load", value) == (call_id, name, messages.decode(*body))
         wanted.append(wants_value != 0)
         ends.workers[rank].done_reading()
 
@@ -298,8 +307,8 @@ def test_more_ranks_than_bits_in_a_word() -> None:
     """Ranks beyond the 64th have their bits too."""
     geometry = attrs.evolve(GEOMETRY, world_size=130)
     with connected(geometry, ranks=(0, 63, 64, 129)) as ends:
-        ends.driver.publish(1, b"load", messages.encode("odd"), (63, 129), (129,))
-        ends.driver.publish(2, b"load", messages.encode("all"), tuple(range(130)), (0, 64))
+        ends.driver.publish(1, b"", messages.encode("odd"), (63, 129), (129,))
+        ends.driver.publish(2, b"", messages.encode("all"), tuple(range(130)), (0, 64))
         got = {}
         for rank in (63, 129, 0, 64):
             call_id, _, wants_value, _ = ends.next(rank)
@@ -317,7 +326,7 @@ def test_gated_request_waits_for_its_gate(ends: Ends) -> None:
     """A gated request starts when its gate opens; the gate of a later one includes it."""
     body = messages.encode("x")
     for call_id in (1, 2):
-        ends.driver.publish(call_id, b"load", body, (0, 1), (), GATED)
+        ends.driver.publish(call_id, b"", body, (0, 1), (), GATED)
     got: list[int] = []
 
     def read() -> None:
@@ -481,6 +490,35 @@ def test_request_that_leaves_nothing_to_say_is_only_acknowledged(ends: Ends) -> 
     assert 10 == ends.driver.current(0)[0]
 
 
+def test_request_with_few_arguments_is_run_where_it_is_read(ends: Ends) -> None:
+    """It has left its slot by then, which may be used again; its value is told, or only that it has run."""
+    for call_id, name in ((8, b"nothing"), (9, b"something")):
+        ends.driver.publish(call_id, name, messages.encode(((1, 2), {"a": 3})), (0,), (0,))
+    assert (9, "something", 1, Reply(("something", (1, 2), {"a": 3}))) == ends.next(0)
+
+    assert 8 == struct.unpack("<Q", ends.driver.glance()[:8])[0]
+    assert 2 == ends.driver._words[ends.driver._shared.word(_layout.REQUESTS_READ, 0)]
+
+
+class Unloadable:
+    """Cannot be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, ("not here",)
+
+
+def test_arguments_that_cannot_be_unpickled_are_an_error_of_the_call(ends: Ends) -> None:
+    """Whatever it is that they raise. The method is not run, and the next one is."""
+    ends.driver.publish(8, b"something", messages.encode(((Unloadable(),), {})), (0,), (0,))
+    ends.driver.publish(9, b"something", messages.encode(((4,), {})), (0,), (0,))
+    *_, reply = ends.next(0)
+    assert isinstance(reply, Reply)
+    assert isinstance(reply.error, SystemExit)
+    assert ["while the arguments were being unpickled in the worker"] == reply.error.__notes__
+
+    assert (9, "something", 1, Reply(("something", (4,), {}))) == ends.next(0)
+
+
 def test_request_is_not_acknowledged_past_one_that_is_unsettled(ends: Ends) -> None:
     """While an earlier call is to be answered yet, who asks for requests gets all of them, and answers."""
     ends.unsettled.add(7)
@@ -504,8 +542,15 @@ def test_exit_reaches_everyone(ends: Ends) -> None:
     assert [] == list(ends.requests[1])
 
 
-def test_sleeper_is_woken(ends: Ends) -> None:
+@pytest.mark.parametrize("foresees", [True, False])
+def test_sleeper_is_woken(foresees: bool) -> None:
     """A worker that sleeps is woken by a request, a driver that sleeps by a reply; without one it wakes by itself."""
+    with connected(attrs.evolve(GEOMETRY, foresees=foresees)) as ends:
+        check_sleepers(ends)
+
+
+def check_sleepers(ends: Ends) -> None:
+    """See `test_sleeper_is_woken`."""
     assert not ends.driver.sleep(0.001)
     got: list[Any] = []
     thread = threading.Thread(target=lambda: got.append(ends.receive(0)))
@@ -517,6 +562,36 @@ def test_sleeper_is_woken(ends: Ends) -> None:
     assert ["wake up"] == got
     assert ends.driver.sleep(30.0)
     assert "awake" == ends.take(0)
+
+
+def test_without_foresight_a_long_wait_is_slept_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has no processor of its own keeps others from theirs by being awake: it yields only where the last wait was short."""
+    now, yielded, slept = 100.0, 0, 0
+
+    def give_way() -> None:
+        nonlocal now, yielded
+        now, yielded = now + 1 / 128, yielded + 1
+
+    monkeypatch.setattr(_worker_channel, "monotonic", lambda: now)
+    monkeypatch.setattr(_worker_channel, "sched_yield", give_way)
+    with connected(attrs.evolve(GEOMETRY, slots=16, spin_s=5 / 128, foresees=False)) as ends:
+
+        def wait(takes_s: float) -> tuple[int, int]:
+            """A request comes while the rank sleeps, that long after it has. How often it has yielded and slept."""
+            nonlocal now, yielded, slept
+            comes, yielded, slept = now + takes_s, 0, 0
+
+            def sleep(word: int, value: int, timeout_s: float) -> None:
+                nonlocal now, slept
+                assert math.inf == timeout_s
+                now, slept = max(now, comes), slept + 1
+                ends.send("x", (0,))
+
+            monkeypatch.setattr(ends.workers[0], "_sleep", sleep)
+            assert "x" == ends.receive(0)
+            return yielded, slept
+
+        assert [(5, 1), (0, 1), (0, 1), (5, 1), (5, 1), (0, 1)] == [wait(t) for t in (0.3, 0.3, 0.1, 0.1, 0.3, 0.3)]
 
 
 def test_longest_name_on_its_own(ends: Ends) -> None:

@@ -17,8 +17,8 @@ SPIN_S = 200e-6
 class Waiter:
     """Waits one after the other, on a clock of its own."""
 
-    def __init__(self, spin_s: float = SPIN_S, late_s: float = 0.0, foresees: bool = True) -> None:
-        self.pace, self.now, self.late_s = Pace(spin_s, foresees), 1000.0, late_s
+    def __init__(self, spin_s: float = SPIN_S, late_s: float = 0.0) -> None:
+        self.pace, self.now, self.late_s = Pace(spin_s), 1000.0, late_s
         self.yielded_s = self.asleep_s = 0.0
         self.was_awake = False
 
@@ -187,14 +187,6 @@ def test_wait_that_is_given_up_teaches_nothing() -> None:
     waiter.waits(0.01)
 
     assert waiter.was_awake
-
-
-def test_without_foresight_a_long_wait_is_slept_through() -> None:
-    """Who is awake early takes the processor from somebody: regular waits, too, are for sleeping."""
-    waiter = Waiter(foresees=False).waits(*[0.01] * 30)
-    assert pytest.approx((0.0, 0.01)) == (waiter.yielded_s, waiter.asleep_s)
-    waiter.waits(SPIN_S, SPIN_S)
-    assert pytest.approx((SPIN_S, 0.0)) == (waiter.yielded_s, waiter.asleep_s)
 
 
 @pytest.mark.parametrize(("processors", "foresees"), [(1, False), (2, False), (3, True), (16, True)])

@@ -38,8 +38,9 @@ SPIN_S = 200e-6  # "auto": catches a prompt answer; see `exec_mp._pace` for what
 
 NOTHING = Encoded((), 0, Format.NONE)
 EXIT = 0  # instead of a call's id: leave
-GATED, SPREAD, AWAY, ONE_READER = 1, 2, 4, 8  # flags in the kind of a request; the last one only where there is a body
-FORMAT_SHIFT = 4  # the body's format is above them
+GATED, SPREAD, AWAY = 1, 2, 4  # flags in the kind of a request
+ONE_READER, INLINE = 8, 16  # likewise, of its body, if it has one
+FORMAT_SHIFT = 5  # the body's format is above them
 REPLY_FIELDS = struct.Struct("<7Q")  # call id, status, format, body bytes, arena position, block, time in ns
 LIMITS = "this is the address space that the system allows (ulimit -v, ulimit -f)"
 _FD_SETSIZE = 1024  # select(2) knows no higher descriptors; poll(2), as Python calls it, counts in milliseconds

@@ -17,6 +17,7 @@ from exec_mp._channel import (
     AWAY,
     EXIT,
     FORMAT_SHIFT,
+    INLINE,
     LIMITS,
     NOTHING,
     ONE_READER,
@@ -57,7 +58,7 @@ class DriverChannel:
         self._shared = shared = Shared(self.fd, geometry)
         self._view, self._words, size = shared.view, shared.words, geometry.world_size
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.bells = {rank: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for rank in remote_ranks}
+        self.bells = {rank: os.eventfd(0, os.EFD_CLOEXEC) for rank in remote_ranks}
         holds = shared.holds(geometry.request_holds, BLOCKS * size)
         self._arena = Arena(shared.mapping, geometry.request_arena, geometry.arena_bytes, holds, size)
         self._reply_holds = [shared.holds(geometry.reply_holds(rank), BLOCKS) for rank in range(size)]
@@ -187,6 +188,8 @@ class DriverChannel:
             position, block = place
             if len(ranks) == 1:
                 kind |= ONE_READER
+        else:
+            kind |= INLINE
         BODY.pack_into(self._view, slot + self._body_at, nbytes, position, block)
         write_body(self._view, body.parts, position or slot + self._request_head)
         return kind

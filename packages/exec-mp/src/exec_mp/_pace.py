@@ -27,8 +27,6 @@ class Pace:
 
     Args:
         spin_s: how long to yield at most, at a time, where nothing can be foreseen.
-        foresees: whether to be awake in time. Else, after a long wait, it sleeps at once, until it is woken: for where somebody
-            else needs the processor that it would be awake on.
 
     Attributes:
         spin_until: until when to yield.
@@ -37,9 +35,8 @@ class Pace:
             now there is something to do.
     """
 
-    def __init__(self, spin_s: float, foresees: bool = True) -> None:
+    def __init__(self, spin_s: float) -> None:
         self.spin_s = self._patience_s = spin_s
-        self._foresees, self._impatience_s = foresees, spin_s / 16 if foresees else 0.0
         self.spin_until = self.came = self._began = 0.0
         self.slept = False
         self._awake_at = math.inf  # end of the nap that is being taken
@@ -82,9 +79,7 @@ class Pace:
         In few steps: caches are cold between one wait and the next, so each costs many times what it costs elsewhere.
         """
         spin_s, usual_s, error_s = self.spin_s, self._usual_s, self._error_s
-        self._patience_s = spin_s if waited_s < 4 * spin_s else self._impatience_s
-        if not self._foresees:
-            return
+        self._patience_s = spin_s if waited_s < 4 * spin_s else spin_s / 16
         early_s = usual_s - waited_s
         off_s = early_s if early_s > 0 else -early_s
         if off_s > _FAR_S:

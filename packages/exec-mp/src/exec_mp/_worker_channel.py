@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from os import sched_yield
-from time import monotonic_ns
+from pickle import loads
+from time import monotonic, monotonic_ns
+from typing import Any
 
 from exec_core.errors import MessageTooLargeError
-from exec_core.messages import Encoded, Reply
+from exec_core.messages import Encoded, Format, Reply
 from exec_core.wrapper import DONE
 from exec_mp import _layout
 from exec_mp._arena import BLOCKS, Arena
-from exec_mp._channel import AWAY, FORMAT_SHIFT, GATED, LIMITS, ONE_READER, REPLY_FIELDS, SPREAD, Body, Incoming, rings
+from exec_mp._channel import (
+    AWAY,
+    FORMAT_SHIFT,
+    GATED,
+    INLINE,
+    LIMITS,
+    ONE_READER,
+    REPLY_FIELDS,
+    SPREAD,
+    Body,
+    Incoming,
+    rings,
+)
 from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
 
 _OF_EACH_CALL = _layout.ACKS, _layout.CURRENT_CALL, _layout.READY_NS, _layout.REQUESTS_READ
 _ORDERS = GATED | SPREAD | AWAY  # what a request's kind may say beside what body it has, which stands above
+_PLAIN = Format.PICKLE << FORMAT_SHIFT | INLINE  # the kind of a request with arguments that lie in its slot
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
@@ -42,6 +58,7 @@ class WorkerChannel:
         before, after = 8 * (rank // 64), 8 * (geometry.mask_words - 1 - rank // 64)  # bytes of masks for other ranks
         head = struct.Struct(f"<{before}xQ{after + before}xQ{after}x{REQUEST}")
         self._head, self._body_at, self._bit = head.unpack_from, 8 + head.size, 1 << rank % 64
+        self._size_at = self._body_at // 8  # from a request's first word: bytes of its body
         self._slots = geometry.slots
         self._numbers = [(geometry.requests + slot * geometry.request_slot) // 8 for slot in range(geometry.slots)]
         self._request_head, self._reply_slot = geometry.request_head, geometry.reply_slot
@@ -56,7 +73,8 @@ class WorkerChannel:
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
-        self._pace = Pace(geometry.spin_s, geometry.foresees)
+        self._pace = Pace(geometry.spin_s) if geometry.foresees else None
+        self._spin_s, self._is_prompt = geometry.spin_s, True  # without foresight: whether the last wait was short
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
         reply_holds = shared.holds(geometry.reply_holds(rank), BLOCKS)
@@ -66,21 +84,25 @@ class WorkerChannel:
         self._poll.register(bell, select.POLLIN)
 
     def requests(  # noqa: C901, PLR0912, PLR0915 # in one: the way of every call
-        self, run_bare: Callable[[str], Reply], unsettled: Collection[int]
+        self,
+        run: Callable[[str, Sequence[Any], Mapping[str, Any]], Reply],
+        run_bare: Callable[[str], Reply],
+        unsettled: Collection[int],
     ) -> Iterator[Incoming]:
         """The requests for this rank, which it is shown to be in, until it is to leave. Skips those for others.
 
-        One without a body is run here, and is among them only if there is something to say about it. Who asks for the next one
-        has run the one before, which is then acknowledged, unless it `is_answered`.
+        One without a body, or with arguments that lie in its slot, is run here, and is among them only if there is something to
+        say about it. Who asks for the next one has run the one before, which is then acknowledged, unless it `is_answered`.
 
         Args:
-            run_bare: runs a method without arguments.
+            run: runs a method.
+            run_bare: runs one without arguments.
             unsettled: calls before that are still to be answered: an acknowledgement would be one for them as well.
         """
         words, view, head, bit = self._words, self._view, self._head, self._bit
         names, numbers, slots, driver_sleeps = self._names, self._numbers, self._slots, self._driver_sleeps
         acks, current, ready, position = (self._at[row] for row in _OF_EACH_CALL)
-        word, read = self._word, self._read
+        word, read, head_bytes, size = self._word, self._read, self._request_head, self._size_at
         while True:
             if words[word] <= read:
                 self._await(word, read + 1)
@@ -100,18 +122,27 @@ class WorkerChannel:
                 name = names[padded]
             except KeyError:
                 name = names[padded] = padded.rstrip(b"\0").decode()
-            if kind > _ORDERS:
+            if kind > _ORDERS and (kind != _PLAIN or not name):
                 self._read = read
                 yield call_id, name, wants & bit, self._body(8 * word, kind)
                 word, read = self._word, self._read
             else:
+                arguments: tuple[Any, ...] = ()
+                reply: Reply | None = None
+                if kind > _ORDERS:
+                    try:
+                        arguments = loads(view[8 * word + head_bytes : 8 * word + head_bytes + words[word + size]])
+                    except BaseException as error:
+                        reply = unloadable(error)
                 read = words[position] = read + 1
                 word = numbers[read % slots]
-                reply = run_bare(name)
+                if reply is None:
+                    reply = run(name, *arguments) if arguments else run_bare(name)
+                del arguments  # like the reply, they do not outlive the call
                 if reply is not DONE or unsettled:
                     self._word, self._read = word, read
                     yield call_id, name, wants & bit, reply
-                    del reply  # what it holds does not outlive the call
+                    del reply
             if kind and kind & AWAY:
                 word, read = self._come_back(call_id, read)
             elif self.is_answered:
@@ -180,30 +211,42 @@ class WorkerChannel:
 
     def _await(self, word: int, value: int) -> None:
         """Waits until a shared word has reached ``value``: yields the processor for a while, then sleeps."""
-        words, clock, give_way, pace = self._words, time.monotonic, os.sched_yield, self._pace
-        pace.begin(clock())
+        pace = self._pace
+        if pace is None:
+            self._await_ring(word, value)
+            return
+        words = self._words
+        pace.begin(monotonic())
         while words[word] < value:
-            now = clock()
+            now = monotonic()
             if now < pace.spin_until:
-                give_way()
+                sched_yield()
             else:
                 self._sleep(word, value, pace.rest(now))
-                pace.woken(clock())
+                pace.woken(monotonic())
         if pace.slept:
-            pace.came = clock()
+            pace.came = monotonic()
+
+    def _await_ring(self, word: int, value: int) -> None:
+        """`_await` without foresight: it yields where the last wait was short, and where it was long, sleeps at once."""
+        words, began, spin_s = self._words, monotonic(), self._spin_s
+        if self._is_prompt:
+            while words[word] < value and monotonic() < began + spin_s:
+                sched_yield()
+        while words[word] < value:
+            self._sleep(word, value, math.inf)
+        self._is_prompt = monotonic() < began + 4 * spin_s
 
     def _sleep(self, word: int, value: int, timeout_s: float) -> None:
         """Until the bell rings, or for ``timeout_s``; not at all if the word has reached ``value``."""
         self._arena.reclaim()
-        self._words[self._sleeps] = 1
+        words, bell = self._words, self._bell
+        words[self._sleeps] = 1
         with self._in_order:
             pass
-        if self._words[word] < value and rings(self._bell, self._poll, timeout_s):
-            try:  # noqa: SIM105 # in each step, where it is cold
-                os.eventfd_read(self._bell)
-            except BlockingIOError:  # already taken
-                pass
-        self._words[self._sleeps] = 0
+        if words[word] < value and (timeout_s == math.inf or rings(bell, self._poll, timeout_s)):
+            os.read(bell, 8)  # blocks until it has rung
+        words[self._sleeps] = 0
 
     def count_stack(self) -> None:
         """One more stack report is written."""
@@ -252,3 +295,9 @@ class WorkerChannel:
         while (place := self._arena.allocate(nbytes, (0,))) is None:
             time.sleep(_ROOM_EVERY_S)
         return place
+
+
+def unloadable(error: BaseException) -> Reply:
+    """The reply to a call whose arguments raise when they are unpickled. They may be of classes that cannot be imported here."""
+    error.add_note("while the arguments were being unpickled in the worker")
+    return Reply.of_error(error)

@@ -3,7 +3,7 @@
     WorkerChannel.requests -> decode -> WorkerWrapper.run -> Replier.send -> WorkerChannel.publish   a value, an error
                                                           -> WorkerChannel.requests, asked again   nothing to say
 
-A request without a body is run by `WorkerWrapper.run_bare` where it is read, and comes no further if there is nothing to say.
+A common request, a method's name with few arguments, is run where it is read, and comes no further if there is nothing to say.
 A second thread, started for the first method that returns an async output, finishes those.
 """
 
@@ -28,7 +28,7 @@ from exec_core.wrapper import DONE, WorkerWrapper, device_failure, select_device
 from exec_mp._channel import NOTHING, Body
 from exec_mp._layout import Geometry
 from exec_mp._stacks import StackReporter
-from exec_mp._worker_channel import WorkerChannel
+from exec_mp._worker_channel import WorkerChannel, unloadable
 
 BOOT_FD, RENDEZVOUS_FD, CHANNEL_FD, BELL_FD, DRIVER_BELL_FD, STACK_BELL_FD, STACKS_FD = range(3, 10)
 _PROGRESS_EVERY_S = 0.05
@@ -139,17 +139,12 @@ class _Outputs:
 
 
 def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) -> tuple[str, Reply]:
-    """Runs a call that has a body. Its name, and the reply.
-
-    The arguments may be anything, also of classes that cannot be imported here. What they and the body hold does not
-    outlive the call.
-    """
+    """Runs a call that has more than a few arguments. Its name, and the reply. What the body holds does not outlive the call."""
     try:
         method, args, kwargs = messages.decode_call(name, *body)
     except BaseException as error:
-        error.add_note("while the arguments were being unpickled in the worker")
         channel.done_reading()
-        return name, Reply.of_error(error)
+        return name, unloadable(error)
     del body
     channel.done_reading()
     return name or method_name(method), wrapper.run(method, args, kwargs)
@@ -166,7 +161,7 @@ def _leave_if_useless(wrapper: WorkerWrapper) -> None:
 def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> None:
     """Until the driver says to leave."""
     outputs = _Outputs(wrapper, replier)
-    for call_id, name, wanted, found in channel.requests(wrapper.run_bare, replier.unsettled):
+    for call_id, name, wanted, found in channel.requests(wrapper.run, wrapper.run_bare, replier.unsettled):
         if isinstance(found, Reply):
             reply = found
         else:
