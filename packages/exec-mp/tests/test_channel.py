@@ -542,10 +542,10 @@ def test_exit_reaches_everyone(ends: Ends) -> None:
     assert [] == list(ends.requests[1])
 
 
-@pytest.mark.parametrize("foresees", [True, False])
-def test_sleeper_is_woken(foresees: bool) -> None:
+@pytest.mark.parametrize("room", [1.0, 0.5])
+def test_sleeper_is_woken(room: float) -> None:
     """A worker that sleeps is woken by a request, a driver that sleeps by a reply; without one it wakes by itself."""
-    with connected(attrs.evolve(GEOMETRY, foresees=foresees)) as ends:
+    with connected(attrs.evolve(GEOMETRY, room=room)) as ends:
         check_sleepers(ends)
 
 
@@ -574,7 +574,7 @@ def test_without_foresight_a_long_wait_is_slept_through(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_worker_channel, "monotonic", lambda: now)
     monkeypatch.setattr(_worker_channel, "sched_yield", give_way)
-    with connected(attrs.evolve(GEOMETRY, slots=16, spin_s=5 / 128, foresees=False)) as ends:
+    with connected(attrs.evolve(GEOMETRY, slots=16, spin_s=5 / 128, room=0.5)) as ends:
 
         def wait(takes_s: float) -> tuple[int, int]:
             """A request comes while the rank sleeps, that long after it has. How often it has yielded and slept."""

@@ -17,8 +17,8 @@ SPIN_S = 200e-6
 class Waiter:
     """Waits one after the other, on a clock of its own."""
 
-    def __init__(self, spin_s: float = SPIN_S, late_s: float = 0.0) -> None:
-        self.pace, self.now, self.late_s = Pace(spin_s), 1000.0, late_s
+    def __init__(self, spin_s: float = SPIN_S, late_s: float = 0.0, room: float = 1.0) -> None:
+        self.pace, self.now, self.late_s = Pace(spin_s, room), 1000.0, late_s
         self.yielded_s = self.asleep_s = 0.0
         self.was_awake = False
 
@@ -132,10 +132,10 @@ def test_waits_that_vary_are_met_awake() -> None:
     assert max(yielded) < 0.01 / 10
 
 
-def yielded_through(*takes_s: float) -> tuple[float, float]:
+def yielded_through(*takes_s: float, room: float = 1.0) -> tuple[float, float]:
     """The second half of these waits: seconds yielded on average, and the share of them that was met awake."""
     half = len(takes_s) // 2
-    waiter, yielded_s, awake = Waiter().waits(*takes_s[:half]), 0.0, 0
+    waiter, yielded_s, awake = Waiter(room=room).waits(*takes_s[:half]), 0.0, 0
     for each in takes_s[half:]:
         waiter.waits(each)
         yielded_s += waiter.yielded_s
@@ -189,16 +189,27 @@ def test_wait_that_is_given_up_teaches_nothing() -> None:
     assert waiter.was_awake
 
 
-@pytest.mark.parametrize(("processors", "foresees"), [(1, False), (2, False), (3, True), (16, True)])
-def test_ranks_foresee_where_they_have_processors_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, processors: int, foresees: bool
-) -> None:
-    """There must be one for each rank, and one for the driver."""
+def test_with_little_room_a_waiter_is_awake_less_early() -> None:
+    """Others need the processor: it is awake for less of what comes early, and not at all where that is nearly everything."""
+    chance = random.Random(7)  # noqa: S311 # no secret
+    takes_s = [0.01 + chance.gauss(0, 2e-4) for _ in range(2000)]
+    (much_s, often), (little_s, seldom), (least_s, never) = (
+        yielded_through(*takes_s, room=room) for room in (1.0, 0.5, 0.2)
+    )
+
+    assert much_s > 1.3 * little_s > 2 * least_s
+    assert often > 0.9 > seldom > 0.5
+    assert never < 0.1
+
+
+@pytest.mark.parametrize(("processors", "room"), [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (16, 1.0)])
+def test_room_is_for_driver_and_ranks(monkeypatch: pytest.MonkeyPatch, processors: int, room: float) -> None:
+    """A processor for each rank, and one for the driver, is as much as they can use."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
     executor = object.__new__(MultiprocessingDistributedExecutor)
     executor._config = ExecutorConfig(worker_cls=object, parallel=ParallelConfig(tensor_parallel_size=2))
 
-    assert executor._geometry().foresees is foresees
+    assert pytest.approx(room) == executor._geometry().room
 
 
 def test_without_yielding_there_are_no_naps() -> None:

@@ -59,7 +59,7 @@ class Geometry:
         inline_bytes: room in a slot.
         arena_bytes: address space of each arena; its memory is used as messages need it.
         spin_s: seconds that a waiter yields before it sleeps.
-        foresees: whether ranks are awake when a request usually comes, see `exec_mp._pace`.
+        room: processors for each of driver and ranks, at most 1. With less, who is awake early keeps another from running.
     """
 
     world_size: int
@@ -67,7 +67,7 @@ class Geometry:
     inline_bytes: int
     arena_bytes: int
     spin_s: float
-    foresees: bool = True
+    room: float = 1.0
 
     @functools.cached_property
     def mask_words(self) -> int:

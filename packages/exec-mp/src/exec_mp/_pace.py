@@ -18,7 +18,7 @@ _RARE = 1 / 50  # of the waits are over before the waiter is awake
 _WIDE = 5  # times the average distance from the usual: how much earlier than that to be awake at most
 _LEAST_S = 20e-6  # to be earlier by less means nothing to a scheduler
 _SHARE = 1 / 10  # of a wait, at most, to be spent on being awake in time
-_EARLY = 2.5  # times `spin_s`: how much earlier than usual to be awake at most
+_EARLY = 2.5  # times `spin_s`: how much earlier than usual to be awake at most, with a processor of its own
 _LONGER = 2.0  # times `spin_s`: how much longer to stay awake than it usually takes at most
 
 
@@ -27,6 +27,7 @@ class Pace:
 
     Args:
         spin_s: how long to yield at most, at a time, where nothing can be foreseen.
+        room: part of a processor that a waiter can have while others work; with less it is awake less early.
 
     Attributes:
         spin_until: until when to yield.
@@ -35,8 +36,9 @@ class Pace:
             now there is something to do.
     """
 
-    def __init__(self, spin_s: float) -> None:
+    def __init__(self, spin_s: float, room: float = 1.0) -> None:
         self.spin_s = self._patience_s = spin_s
+        self._earliest_s = _EARLY * spin_s * room
         self.spin_until = self.came = self._began = 0.0
         self.slept = False
         self._awake_at = math.inf  # end of the nap that is being taken
@@ -92,7 +94,6 @@ class Pace:
         margin_s = self._early_s + error_s * ((early_s > self._early_s) - _RARE)
         margin_s = min(margin_s, _WIDE * error_s)
         self._usual_s, self._error_s, self._early_s = usual_s, error_s, margin_s
-        most_s, share_s = _EARLY * spin_s, _SHARE * usual_s
-        most_s = min(most_s, share_s)
+        most_s = min(self._earliest_s, _SHARE * usual_s)
         margin_s += _LEAST_S
         self._margin_s = None if error_s > most_s else min(most_s, margin_s)

@@ -65,7 +65,7 @@ class Receiver:
     ) -> None:
         self._channel, self._calls, self._lock, self._answers = channel, calls, lock, answers
         self._settle, self._broken = settle, broken
-        self._pace = Pace(channel.geometry.spin_s)  # of whoever leads
+        self._pace = Pace(channel.geometry.spin_s, channel.geometry.room)  # of whoever leads
         whole = len(channel.remote_ranks) == channel.geometry.world_size
         self._remote = len(channel.remote_ranks) if whole else -1  # ranks of a call that all ranks can acknowledge
         self._leader: dict[None, object] = {}  # who leads: taken by one `setdefault`, given up by one `pop`

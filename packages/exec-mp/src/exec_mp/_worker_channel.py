@@ -73,7 +73,7 @@ class WorkerChannel:
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
         self._in_order = threading.Lock()  # taken for the locked instruction alone
-        self._pace = Pace(geometry.spin_s) if geometry.foresees else None
+        self._pace = Pace(geometry.spin_s) if geometry.room == 1 else None
         self._spin_s, self._is_prompt = geometry.spin_s, True  # without foresight: whether the last wait was short
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)

@@ -127,7 +127,7 @@ class MultiprocessingDistributedExecutor(Executor):
             inline_bytes=rpc.inline_bytes,
             arena_bytes=_ARENA_BYTES,
             spin_s=SPIN_S if rpc.spin_s == "auto" else rpc.spin_s,
-            foresees=len(os.sched_getaffinity(0)) > self.world_size,
+            room=min(1.0, len(os.sched_getaffinity(0)) / (1 + self.world_size)),
         )
 
     def _init(self, rank: int, placement: Placement, rendezvous: int | None, in_driver: bool) -> WorkerInit:
