@@ -7,7 +7,7 @@ import select
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from os import sched_yield
+from os import eventfd_write, sched_yield
 
 from exec_core.errors import MessageTooLargeError
 from exec_core.messages import Encoded
@@ -166,12 +166,12 @@ class DriverChannel:
 
     def _wake(self, sleeps: bytes, ranks: tuple[int, ...]) -> None:
         """Rings the bells of those of ``ranks`` that sleep."""
-        sleeping = self._by_rank.unpack_from(sleeps)
+        sleeping, bells, spread_at = self._by_rank.unpack_from(sleeps), self.bells, self.sent + _BURST
         # Those whom the request is not for must read past it soon, too, once it matters who has read how many.
         for rank in self._readers() if self.sent > self._crowded_at else ranks:
             if sleeping[rank]:
-                self._spread_at = self.sent + _BURST
-                os.eventfd_write(self.bells[rank], 1)
+                self._spread_at = spread_at
+                eventfd_write(bells[rank], 1)
 
     def wake_all(self) -> None:
         """Rings all bells: for a request that was published by a `publish` which Ctrl-C has cut short."""
