@@ -3,15 +3,17 @@
 import math
 import os
 import random
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
-from exec_core.config import ExecutorConfig, ParallelConfig
-from exec_mp import MultiprocessingDistributedExecutor
+from exec_core import Executor
 from exec_mp._pace import Pace
 
 SPIN_S = 200e-6
+Launch = Callable[..., Executor]
 
 
 class Waiter:
@@ -202,14 +204,18 @@ def test_with_little_room_a_waiter_is_awake_less_early() -> None:
     assert never < 0.1
 
 
-@pytest.mark.parametrize(("processors", "room"), [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (16, 1.0)])
-def test_room_is_for_driver_and_ranks(monkeypatch: pytest.MonkeyPatch, processors: int, room: float) -> None:
-    """A processor for each rank, and one for the driver, is as much as they can use."""
+@pytest.mark.parametrize(
+    ("processors", "driver_worker", "room"),
+    [(1, "process", 1 / 3), (2, "process", 2 / 3), (2, "inline", 1.0), (3, "process", 1.0), (16, "process", 1.0)],
+)
+def test_room_is_for_every_process(
+    monkeypatch: pytest.MonkeyPatch, launch: Launch, processors: int, driver_worker: str, room: float
+) -> None:
+    """A processor for each rank, and one for a driver that is not a rank itself, is as much as they can use."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
-    executor = object.__new__(MultiprocessingDistributedExecutor)
-    executor._config = ExecutorConfig(worker_cls=object, parallel=ParallelConfig(tensor_parallel_size=2))
+    group: Any = launch(2, parallel={"driver_worker": driver_worker})._group
 
-    assert pytest.approx(room) == executor._geometry().room
+    assert pytest.approx(room) == group._channel.geometry.room
 
 
 def test_without_yielding_there_are_no_naps() -> None:

@@ -59,7 +59,7 @@ class Geometry:
         inline_bytes: room in a slot.
         arena_bytes: address space of each arena; its memory is used as messages need it.
         spin_s: seconds that a waiter yields before it sleeps.
-        room: processors for each of driver and ranks, at most 1. With less, who is awake early keeps another from running.
+        room: processors for each process, the driver's among them, at most 1. With less, who is awake early keeps another from running.
     """
 
     world_size: int

@@ -76,7 +76,7 @@ class MultiprocessingDistributedExecutor(Executor):
             self._config.device, self._config.parallel, self.world_size, count=lambda: _count(session, deadline)
         )
         ranks = self._all_ranks[1:] if inline else self._all_ranks
-        parts = Parts(session, self._geometry(), ranks, self._output, self._private_root)
+        parts = Parts(session, self._geometry(1 + len(ranks)), ranks, self._output, self._private_root)
         try:
             inits = [
                 self._init(rank, placement, RENDEZVOUS_FD if rank in ranks else parts.rendezvous, inline and rank == 0)
@@ -119,7 +119,8 @@ class MultiprocessingDistributedExecutor(Executor):
         fds += [parts.channel.bell, parts.stacks.bells[rank], parts.stacks.memory]
         parts.started(rank, *parts.session.fork(rank, boot, fds, execs=execs, deadline=deadline))
 
-    def _geometry(self) -> Geometry:
+    def _geometry(self, processes: int) -> Geometry:
+        """For so many processes, with the driver's."""
         rpc = self._config.rpc
         return Geometry(
             world_size=self.world_size,
@@ -127,7 +128,7 @@ class MultiprocessingDistributedExecutor(Executor):
             inline_bytes=rpc.inline_bytes,
             arena_bytes=_ARENA_BYTES,
             spin_s=SPIN_S if rpc.spin_s == "auto" else rpc.spin_s,
-            room=min(1.0, len(os.sched_getaffinity(0)) / (1 + self.world_size)),
+            room=min(1.0, len(os.sched_getaffinity(0)) / processes),
         )
 
     def _init(self, rank: int, placement: Placement, rendezvous: int | None, in_driver: bool) -> WorkerInit:
