@@ -167,7 +167,8 @@ class RpcConfig:
         startup_timeout_s: for each of launch, ``init_worker``, ``init_device`` and ``load_model``.
         shutdown_timeout_s: for the whole ladder: ask, TERM, KILL, reap.
         spin_s: how long, at a time, a waiter yields the processor between looks before it parks, in seconds; ``auto``
-            chooses. Where answers come regularly, it is awake around the usual time, for up to eight times that.
+            chooses. Where answers come regularly, it is awake around the usual time, for up to eight times that. A rank on
+            fewer cores than there are processes parks at once where the last wait was long.
         inline_bytes: messages up to this size travel inside the ring slot.
         max_in_flight: calls sent and not yet acknowledged by all their ranks; None: at least 2 x (stages + 1).
         max_message_bytes: a larger request is refused before anything is sent, instead of a larger result comes an error of its

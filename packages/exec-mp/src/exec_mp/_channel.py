@@ -52,7 +52,7 @@ Body = tuple[memoryview, int, bool]
 
 Incoming = tuple[int, str, int, Body | Reply]
 """A request as a worker finds it: call id, method's name, whether the value is wanted (not 0), and its body; or, of one
-without a body, what has become of it."""
+that was run where it was read, what has become of it."""
 
 Header = tuple[int, int, int, int, int, int, int]
 """A reply as it lies in its slot, see `REPLY_FIELDS`."""

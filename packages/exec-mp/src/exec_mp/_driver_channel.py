@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from os import eventfd_write, sched_yield
 
@@ -27,7 +26,18 @@ from exec_mp._channel import (
     Header,
     rings,
 )
-from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, reserve, write_body
+from exec_mp._layout import (
+    BODY,
+    IN_ORDER,
+    REPLY_HEAD,
+    REQUEST,
+    Geometry,
+    Shared,
+    fence,
+    orders_memory,
+    reserve,
+    write_body,
+)
 from exec_mp._spread import processor
 
 Words = tuple[bytes, bytes]
@@ -58,7 +68,7 @@ class DriverChannel:
         self._shared = shared = Shared(self.fd, geometry)
         self._view, self._words, size = shared.view, shared.words, geometry.world_size
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.bells = {rank: os.eventfd(0, os.EFD_CLOEXEC) for rank in remote_ranks}
+        self.bells = {rank: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for rank in remote_ranks}
         holds = shared.holds(geometry.request_holds, BLOCKS * size)
         self._arena = Arena(shared.mapping, geometry.request_arena, geometry.arena_bytes, holds, size)
         self._reply_holds = [shared.holds(geometry.reply_holds(rank), BLOCKS) for rank in range(size)]
@@ -78,7 +88,7 @@ class DriverChannel:
         self._sleep_word, self._cpu_word = shared.word(_layout.DRIVER_SLEEPS, 0), shared.word(_layout.DRIVER_CPU, 0)
         self._words[self._sleep_word] = 1
         self.is_awake = False
-        self._in_order = threading.Lock()  # taken for the locked instruction alone
+        self._in_order = orders_memory()
         self.sent = 0
         self._word = self._numbers[0]  # where the number of the next one goes; likewise
         self._crowded_at = geometry.slots // 2  # requests, from when on it matters who has read how many; likewise
@@ -117,8 +127,8 @@ class DriverChannel:
         Args:
             kind: GATED if a rank is to start the call only when `open_gate` says so; AWAY if others may be sent any number of
                 requests while the call runs.
-            yields: gives the processor away at once where nobody has to be woken: a rank may be looking for the request, on
-                this very one.
+            yields: gives the processor away at once where nobody sleeps: a rank may be looking for the request, on this very
+                one.
         """
         number, word = self.sent, self._word
         if number >= self._crowded_at and number - self._count_read() >= self._slots:

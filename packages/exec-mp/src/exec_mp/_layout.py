@@ -4,11 +4,11 @@ One anonymous memfd holds everything::
 
     control words | holds | request ring | reply ring of rank 0, 1, ... | request arena | reply arena of rank 0, 1, ...
 
-Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``REJOIN``, and
-for ``DRIVER_SLEEPS`` and ``DRIVER_CPU`` (one word for all), the rank for the others. ``ACKS`` and ``REPLIES`` of all ranks lie side
-by side, so that the driver looks at one slice to see all. What a rank writes with each call and the driver seldom reads lies in
-a place of the rank's own: two processors that write to one cache line take it from each other, which takes 30 to 170 ns each
-time. For the same reason a request without a body is one line.
+Control words are 8 bytes each. Each has one writer: the driver for ``REPLIES_READ``, ``GATE``, ``REJOIN``, ``DRIVER_SLEEPS`` and
+``DRIVER_CPU`` (the last two are one word for all), the rank for the others. ``ACKS`` and ``REPLIES`` of all ranks lie side by side,
+so that the driver looks at one slice to see all. What a rank writes with each call and the driver seldom reads lies in a place of
+the rank's own: two processors that write to one cache line take it from each other, which takes 30 to 170 ns each time. For the
+same reason a request without a body is one line.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import mmap
 import os
 import platform
 import struct
+import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
@@ -43,6 +45,21 @@ REPLY_HEAD = 64  # bytes of a reply's header
 # x86-64 keeps stores in order, and loads in order. Elsewhere `fence` has to stand between two of them; untested.
 IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 fence = os.sched_yield  # a system call orders memory
+
+
+class _SystemCall:
+    """What `orders_memory` is where an uncontended lock does not."""
+
+    def __enter__(self) -> None:
+        fence()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def orders_memory() -> AbstractContextManager[object]:
+    """To be entered and left at once, between a store and a load that must not come before it: a lock, for its instruction."""
+    return threading.Lock() if IN_ORDER else _SystemCall()
 
 
 def _up(nbytes: int, to: int = 64) -> int:

@@ -6,10 +6,9 @@ import math
 import os
 import select
 import struct
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from os import sched_yield
+from os import eventfd_read, sched_yield
 from pickle import loads
 from time import monotonic, monotonic_ns
 from typing import Any
@@ -32,7 +31,7 @@ from exec_mp._channel import (
     Incoming,
     rings,
 )
-from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, write_body
+from exec_mp._layout import BODY, IN_ORDER, REPLY_HEAD, REQUEST, Geometry, Shared, fence, orders_memory, write_body
 from exec_mp._pace import Pace
 from exec_mp._spread import spread
 
@@ -72,7 +71,7 @@ class WorkerChannel:
         self._rejoin = shared.word(_layout.REJOIN, rank)
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
-        self._in_order = threading.Lock()  # taken for the locked instruction alone
+        self._in_order = orders_memory()
         self._pace = Pace(geometry.spin_s) if geometry.room == 1 else None
         self._spin_s, self._is_prompt = geometry.spin_s, True  # without foresight: whether the last wait was short
         self._ring = geometry.replies(rank)
@@ -91,8 +90,9 @@ class WorkerChannel:
     ) -> Iterator[Incoming]:
         """The requests for this rank, which it is shown to be in, until it is to leave. Skips those for others.
 
-        One without a body, or with arguments that lie in its slot, is run here, and is among them only if there is something to
-        say about it. Who asks for the next one has run the one before, which is then acknowledged, unless it `is_answered`.
+        A common one, of a method's name without arguments or with some that lie in its slot, is run here, and is among them only
+        if there is something to say about it. Who asks for the next one has run the one before, which is then acknowledged,
+        unless it `is_answered`.
 
         Args:
             run: runs a method.
@@ -205,7 +205,7 @@ class WorkerChannel:
         return body, fmt, True
 
     def done_reading(self) -> None:
-        """The body is copied out or held; its slot may be used again. Without a body, `requests` has done this."""
+        """The body is copied out or held; its slot may be used again. Where `requests` has run the call, it has done this."""
         self._read = read = self._words[self._position] = self._read + 1
         self._word = self._numbers[read % self._slots]
 
@@ -244,8 +244,8 @@ class WorkerChannel:
         words[self._sleeps] = 1
         with self._in_order:
             pass
-        if words[word] < value and (timeout_s == math.inf or rings(bell, self._poll, timeout_s)):
-            os.read(bell, 8)  # blocks until it has rung
+        if words[word] < value and rings(bell, self._poll, timeout_s):  # a signal ends that, unlike a read, in any case
+            eventfd_read(bell)
         words[self._sleeps] = 0
 
     def count_stack(self) -> None:

@@ -139,7 +139,7 @@ class _Outputs:
 
 
 def _run(name: str, body: Body, channel: WorkerChannel, wrapper: WorkerWrapper) -> tuple[str, Reply]:
-    """Runs a call that has more than a few arguments. Its name, and the reply. What the body holds does not outlive the call."""
+    """Runs a call that was not run where it was read. Its name, and the reply. What the body holds does not outlive the call."""
     try:
         method, args, kwargs = messages.decode_call(name, *body)
     except BaseException as error:
