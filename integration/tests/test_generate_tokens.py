@@ -20,9 +20,7 @@ QUESTIONS = (
     "Explain in two sentences why the sky is blue, please, for a child of seven years.",
 )
 MAX_TOKENS = 64
-MAX_TOKENS_SHARDED = (
-    24  # three ranks and more on two cores take their time, and a second block of the KV cache is reached
-)
+MAX_TOKENS_SHARDED = 24  # enough for a second block of the KV cache; three ranks and more on two cores take their time
 SIZES = ((1, 1), (3, 1), (1, 2), (1, 3), (3, 2))
 
 
