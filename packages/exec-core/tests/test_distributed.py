@@ -1,6 +1,7 @@
 """Process groups in a process that has, or gets, a default group of its own."""
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,7 @@ class Aborted(dist.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg] # the one for classes of one's own, which the stub lacks
+        self.store = store
         self.begun, self.may_end = threading.Event(), threading.Event()
 
     def getBackendName(self) -> str:  # noqa: N802 # torch's name
@@ -179,13 +181,37 @@ def test_aborted_group_over_nccl_is_given_up(monkeypatch: pytest.MonkeyPatch, re
     eventually(lambda: "exec-abort" not in {thread.name for thread in threading.enumerate()})
 
 
+def test_who_still_writes_after_an_abort_finds_no_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NCCL's watchdog tells the store of an abort, perhaps when its file is gone: torch would seek that for five minutes."""
+    left = threading.Event()
+
+    class Writing(Aborted):
+        def abort(self) -> None: ...
+
+        def shutdown(self) -> None:
+            assert left.wait(DEADLINE_S)
+            self.store.set("aborted", "here")
+
+    dist.Backend.register_backend("writing", Writing, devices=["cpu"])
+    monkeypatch.setattr(dist, "get_backend_config", lambda _group: "cuda:nccl")  # there is none without a device
+    meeting = tmp_path / "world" / "store"
+    meeting.parent.mkdir()
+    membership = join(attrs.evolve(world(), backend="writing", init_method=meeting.as_uri()))
+    membership.abort()
+    membership.leave()
+    shutil.rmtree(meeting.parent)
+    left.set()
+
+    eventually(lambda: "exec-abort" not in {thread.name for thread in threading.enumerate()})
+
+
 @pytest.mark.parametrize(("watched", "device"), [(True, "cuda:0"), (False, "cuda:0"), (True, "cpu")])
 def test_nccl_spares_the_hosts_process(monkeypatch: pytest.MonkeyPatch, watched: bool, device: str) -> None:
     """Where the executor learns of deaths, groups over NCCL are made so that they do not end its process; what the host has set, holds."""
     seen: list[dict[str, str]] = []
 
     def make(_world: World) -> None:
-        seen.append({name: value for name, value in os.environ.items() if "NCCL" in name})
+        seen.append({name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL")})
         raise OSError("nothing is made here")
 
     monkeypatch.setattr(distributed, "_init_default", make)

@@ -34,8 +34,11 @@ _SPARING = {
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
 
+_MOMENT = datetime.timedelta(milliseconds=1)  # as a limit of a store that nobody is at any more
+
 _lock = threading.Lock()
 _users = 0  # memberships that rest on a default group made here; guarded by _lock
+_store: Any = None  # where that group has met; guarded by _lock
 
 
 @attrs.frozen
@@ -169,7 +172,7 @@ class Membership:
         """Destroys what `join` made. Twice is fine; the host's own groups stay."""
         import torch.distributed as dist
 
-        global _users
+        global _users, _store
         owned, self._owned = [*self._owned, *self._alone.forget()], []
         abortable, self._abortable = [*self._abortable], ()
         counted, self._counted = self._counted, False
@@ -181,6 +184,10 @@ class Membership:
                     _give_up(group, abortable)
                 elif dist.is_initialized():
                     dist.destroy_process_group(group)
+            if last and _store is not None:
+                # NCCL's watchdog may yet have to write there of an abort; a file that is gone it would seek for minutes.
+                _store.set_timeout(_MOMENT)
+                _store = None
 
 
 def join(world: World) -> Membership:
@@ -193,7 +200,7 @@ def join(world: World) -> Membership:
 
     if not dist.is_available():
         raise ExecutorError("this torch is built without torch.distributed; use distributed_backend='none'")
-    global _users
+    global _users, _store
     with _lock:
         if dist.is_initialized():
             ours = _users > 0
@@ -216,7 +223,7 @@ def join(world: World) -> Membership:
             return Membership(groups, made, alone, counted=ours, abortable=made)
         try:
             with _host_spared(world):
-                _init_default(world)
+                _store = _init_default(world)
                 groups, made, alone = _split(world)
         except BaseException:
             _forget_default()
@@ -275,7 +282,8 @@ def _host_spared(world: World) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _init_default(world: World) -> None:
+def _init_default(world: World) -> Any:
+    """Makes the default group. Returns the store where it has met; None: torch's own rendezvous has made one."""
     import torch.distributed as dist
 
     options: dict[str, Any] = {"world_size": world.world_size, "rank": world.rank}
@@ -292,6 +300,7 @@ def _init_default(world: World) -> None:
         options["init_method"] = world.init_method
     with _excepthook_kept(), _drowsy_threads():
         dist.init_process_group(_backend(world), **options)
+    return options.get("store")
 
 
 def _forget_default() -> None:
