@@ -28,6 +28,7 @@ def _context() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCCL_SOCKET_IFNAME", "lo")
         patch.setenv("NCCL_HOSTID", "driver")  # of an inline rank 0, see `launch_shared`
+        patch.setenv("NCCL_RAS_ENABLE", "0")  # a thread that stays, and connects to other processes whenever it likes
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined] # public
         dist.all_reduce(torch.zeros(1, device="cuda"))
         dist.destroy_process_group()

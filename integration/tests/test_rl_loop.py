@@ -28,10 +28,12 @@ def rounds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pipeline, tied = LAYOUTS[request.param]
     path = tmp_path_factory.mktemp("policy") / "policy.gguf"
     model = [] if tied else ["--model", write_tiny_gguf(path, attrs.evolve(POLICY, tied=False))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(PROGRAM)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--json", "--rounds", "3", "--device", device, "--pipeline-parallel-size", pipeline, *model]
     environ = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("job"))}
-    done = subprocess.run([*command, *options], env=environ, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [*command, str(PROGRAM), *options], env=environ, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -183,9 +183,9 @@ def test_culprit_in_an_object_is_named() -> None:
 def test_very_deep_value_is_refused() -> None:
     """Recursion beyond the interpreter's limit is an error about the message, not a crash."""
     deep: list[Any] = []
-    for _ in range(sys.getrecursionlimit() + 10):
+    for _ in range(max(sys.getrecursionlimit(), 200_000)):  # Python 3.12 lets C code go deeper than its own
         deep = [deep]
-    with pytest.raises(SerializationError, match="recursion"):
+    with pytest.raises(SerializationError, match="(?i)recursion"):
         messages.encode(deep)
 
 

@@ -1,5 +1,7 @@
 """Rank 0 in the caller's process."""
 
+from __future__ import annotations  # what those of a class in a function name is not sent along with it
+
 import gc
 import os
 import signal
@@ -200,26 +202,31 @@ def test_rank_0_leaves_a_collective_when_a_rank_dies(launch: Launch, options: di
     faults.await_gone([stopped, killed], SOON_S)
 
 
-class Stuck(dist.ProcessGroup):
-    """A process group whose collectives end when it is aborted only, as NCCL's do when a peer is gone."""
+def stuck_group() -> type[dist.ProcessGroup]:
+    """A class made where it is used: one over a class of torch's cannot be sent by value with every torch."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
-        super().__init__(rank, size)  # type: ignore[call-arg] # the one for classes of one's own, which the stub lacks
-        self.aborted = threading.Event()
+    class Stuck(dist.ProcessGroup):
+        """A process group whose collectives end when it is aborted only, as NCCL's do when a peer is gone."""
 
-    def getBackendName(self) -> str:  # noqa: N802 # torch's name
-        return "stuck"
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+            super().__init__(rank, size)  # type: ignore[call-arg] # the one for classes of one's own, which the stub lacks
+            self.aborted = threading.Event()
 
-    @property
-    def group_name(self) -> Any:
-        return dist.distributed_c10d._world.pg_names[self]
+        def getBackendName(self) -> str:  # noqa: N802 # torch's name
+            return "stuck"
 
-    def allreduce(self, *args: Any) -> Any:
-        assert self.aborted.wait(faults.FOREVER_S)
-        raise RuntimeError("the collective was aborted")
+        @property
+        def group_name(self) -> Any:
+            return dist.distributed_c10d._world.pg_names[self]
 
-    def abort(self) -> None:
-        self.aborted.set()
+        def allreduce(self, *args: Any) -> Any:
+            assert self.aborted.wait(faults.FOREVER_S)
+            raise RuntimeError("the collective was aborted")
+
+        def abort(self) -> None:
+            self.aborted.set()
+
+    return Stuck
 
 
 class Sticking(workers.EchoWorker):
@@ -227,7 +234,7 @@ class Sticking(workers.EchoWorker):
 
     def init_device(self) -> None:
         if "stuck" not in dist.Backend.backend_list:
-            dist.Backend.register_backend("stuck", Stuck, devices=["cpu"])
+            dist.Backend.register_backend("stuck", stuck_group(), devices=["cpu"])
         super().init_device()
 
 

@@ -100,8 +100,11 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     def launch(
         nproc: int, program: str, *args: str, options: Sequence[str] = (), succeeds: bool = True, **how: Any
     ) -> Job:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), *options]
-        job = run_job(tmp_path_factory.mktemp("records"), [*launcher, os.fspath(PROGRAMS / program), *args], **how)
+        # Standalone: a port of its own, with which some versions of torch do not start.
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+        job = run_job(
+            tmp_path_factory.mktemp("records"), [*launcher, *options, os.fspath(PROGRAMS / program), *args], **how
+        )
         assert succeeds is (job.returncode == 0), job.output
         return job
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -79,6 +82,8 @@ def leak_check(
     Raises:
         AssertionError: listing what was left behind.
     """
+    if "torch" in sys.modules:
+        _open_cuda()
     with _marked(), _own_tempdir():
         before = snapshot(orphans=orphans)
 
@@ -93,6 +98,19 @@ def leak_check(
                 eventually(lambda: gc.collect() >= 0 and not left(), deadline_s=_SETTLE_S, every_s=0.01)
         if found := left():
             raise AssertionError(f"left behind: {found}")
+
+
+@functools.cache
+def _open_cuda() -> None:
+    """What CUDA and torch's profiler open in a process when they are first used, and keep, is open after this.
+
+    On a machine with a device that is soon: torch.distributed asks for devices when a group is made, whatever for.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        with warnings.catch_warnings(action="ignore"), torch.autograd.profiler.profile(use_device="cuda"):
+            torch.zeros(1, device="cuda")
 
 
 @contextlib.contextmanager
