@@ -10,6 +10,7 @@ import attrs
 
 from exec_core import distributed, private
 from exec_core.config import ExecutorConfig
+from exec_core.drowsy import doze
 from exec_core.errors import ConfigError, WorldJoinError
 
 ReportProgress = Callable[[int, int, str], None]
@@ -162,6 +163,8 @@ class WorkerContext:
             )
         )
         self.groups = self._membership.groups
+        if not self.in_driver:
+            doze()
 
     def rejoin(self, dp_rank: int, dp_size: int, init_method: str) -> None:
         """Leaves the present world and joins one of ``dp_size`` replicas, this one being number ``dp_rank``.

@@ -7,7 +7,6 @@ host program made is never replaced or destroyed.
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import sys
@@ -19,10 +18,9 @@ from typing import Any, Literal
 import attrs
 
 from exec_core import stores
+from exec_core.drowsy import drowsy_threads
 from exec_core.errors import ConfigError, ExecutorError
 
-_SLACK_NS = 10_000_000
-_PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # of linux/prctl.h
 # What a group over NCCL does when a collective fails, because a peer has died say, or takes too long: its watchdog waits for a
 # minute and then ends the process. The driver's is not to end: there it aborts the communicator, at once, and no more. What
 # that leaves in memory is no result; the executor knows why, and raises that.
@@ -86,7 +84,7 @@ class _Alone:
         with self._lock:
             if self._group is None:
                 # Local synchronisation: the other ranks of the world need not know.
-                with _drowsy_threads():
+                with drowsy_threads():
                     self._group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
             return self._group
 
@@ -298,7 +296,7 @@ def _init_default(world: World) -> Any:
         options["store"] = stores.tcp_store(world.init_method, world.rank, world.world_size, world.timeout_s)
     else:
         options["init_method"] = world.init_method
-    with _excepthook_kept(), _drowsy_threads():
+    with _excepthook_kept(), drowsy_threads():
         dist.init_process_group(_backend(world), **options)
     return options.get("store")
 
@@ -334,22 +332,6 @@ def _excepthook_kept() -> Iterator[None]:
         sys.excepthook = hook
 
 
-@contextmanager
-def _drowsy_threads() -> Iterator[None]:
-    """Threads that start meanwhile may sleep past their time-outs a little.
-
-    A thread of gloo looks every 10 ms whether it is to end: with several in each of many ranks, that keeps a machine from
-    ever being idle. Late by as much as ``_SLACK_NS`` it does so half as often; what comes on a socket wakes it as before.
-    """
-    prctl = ctypes.CDLL(None).prctl
-    own_ns = prctl(_PR_GET_TIMERSLACK, 0, 0, 0, 0)
-    prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS), 0, 0, 0)  # of this thread, and of those that it starts
-    try:
-        yield
-    finally:
-        prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(max(0, own_ns)), 0, 0, 0)
-
-
 def _split(world: World) -> tuple[ProcessGroups, list[Any], _Alone]:
     """The groups, those made for it, and the one that may still be."""
     import torch.distributed as dist
@@ -363,7 +345,7 @@ def _split(world: World) -> tuple[ProcessGroups, list[Any], _Alone]:
     made = []
     if split:
         # A cpu mesh whatever the device: it never selects one, and its groups inherit all backends of the default group.
-        with _drowsy_threads():
+        with drowsy_threads():
             mesh = init_device_mesh("cpu", tuple(sizes[name] for name in split), mesh_dim_names=tuple(split))
         for name in split:
             group = mesh.get_group(name)
