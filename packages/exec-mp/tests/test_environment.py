@@ -197,17 +197,21 @@ def test_timed_waits_of_workers_are_precise(launch: Launch, start_method: str) -
 def test_threads_of_gloo_doze(launch: Launch) -> None:
     """They wake each worker up ten times a second instead of a hundred times, where the system lets it say so."""
 
-    def look(worker: Any) -> tuple[bool, list[str]]:
-        with open("/proc/self/status", encoding="ascii") as file:
-            (effective,) = (line.split()[1] for line in file if line.startswith("CapEff:"))
-        slacks = []
+    def look(worker: Any) -> list[str]:
+        found = []
         for thread in os.listdir("/proc/self/task"):
             with open(f"/proc/self/task/{thread}/comm", encoding="utf-8") as file:
                 is_gloo = file.read() == "gloo_tcp_loop\n"
             if is_gloo:
-                with open(f"/proc/{thread}/timerslack_ns", encoding="ascii") as file:
-                    slacks.append(file.read())
-        return bool(int(effective, 16) >> 23 & 1), slacks
+                try:
+                    with open(f"/proc/{thread}/timerslack_ns", encoding="ascii") as file:
+                        found.append(file.read())
+                except PermissionError:
+                    found.append("may not be seen")
+        return found
 
-    for may, slacks in launch(2, gloo=True).collective_rpc(look):
-        assert {"90000000\n" if may else "10000000\n"} == set(slacks)
+    with open("/proc/self/status", encoding="ascii") as file:
+        (effective,) = (line.split()[1] for line in file if line.startswith("CapEff:"))
+    allowed = int(effective, 16) >> 23 & 1  # CAP_SYS_NICE
+    for slacks in launch(2, gloo=True).collective_rpc(look):
+        assert {"90000000\n" if allowed else "may not be seen"} == set(slacks)
