@@ -18,6 +18,7 @@ import pytest
 PROGRAM = Path(__file__).parents[1] / "generate.py"
 QUESTIONS = "What is the capital of France?\nList three fruits.\n"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+STANDALONE = (*TORCHRUN, "--standalone")
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +67,7 @@ def test_ranks_of_one_host(
     """Pipeline or tensor parallel: the tokens of one process, printed once."""
     tensor, pipeline = sizes
     parallel = ["--tensor-parallel-size", str(tensor), "--pipeline-parallel-size", str(pipeline)]
-    launcher = [
-        *TORCHRUN,
-        "--standalone",
-        "--nproc-per-node",
-        str(tensor * pipeline),
-        str(PROGRAM),
-        "--backend",
-        "torchrun",
-    ]
+    launcher = [*STANDALONE, "--nproc-per-node", str(tensor * pipeline), str(PROGRAM), "--backend", "torchrun"]
     done = run([*launcher, *parallel, *arguments], environment)
     assert done.returncode == 0, done.stderr
     assert expected == tokens(done.stdout)
@@ -82,7 +75,7 @@ def test_ranks_of_one_host(
 
 def test_a_mistake_is_said_once(environment: Mapping[str, str], arguments: Sequence[str]) -> None:
     """Sizes that do not fit the launched job: one line on stderr, not one for each rank."""
-    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(PROGRAM), "--backend", "torchrun"]
+    launcher = [*STANDALONE, "--nproc-per-node", "2", str(PROGRAM), "--backend", "torchrun"]
     wrong = ["--pipeline-parallel-size", "3"]
     done = run([*launcher, *wrong, *arguments], environment)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("generate:")]

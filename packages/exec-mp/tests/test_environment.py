@@ -195,7 +195,7 @@ def test_timed_waits_of_workers_are_precise(launch: Launch, start_method: str) -
 
 
 def test_threads_of_gloo_doze(launch: Launch) -> None:
-    """They wake each worker up ten times a second instead of a hundred times, where the system lets it say so."""
+    """They wake each worker up ten times a second instead of fifty times, where the system lets it say so."""
 
     def look(worker: Any) -> list[str]:
         found = []

@@ -224,6 +224,7 @@ def join(world: World) -> Membership:
                 _store = _init_default(world)
                 groups, made, alone = _split(world)
         except BaseException:
+            _store = None
             _forget_default()
             raise
         _users = 1

@@ -73,7 +73,8 @@ def leak_check(
 ) -> Iterator[None]:
     """Fails when more is there at the end of the block than at its start.
 
-    Inside, `tempfile` uses a directory of the block's own, which must be empty in the end.
+    Inside, `tempfile` uses a directory of the block's own, which must be empty in the end. Where there is a CUDA device and torch is
+    loaded, this process has a context on it from the first check on: else whoever happens to need one first would leave it behind.
 
     Args:
         allowed: ``fn(kind, item)`` for what may stay; ``kind`` is an attribute of `Snapshot`.
@@ -102,9 +103,9 @@ def leak_check(
 
 @functools.cache
 def _open_cuda() -> None:
-    """What CUDA and torch's profiler open in a process when they are first used, and keep, is open after this.
+    """Opens what CUDA and torch's profiler open in a process when they are first used, and keep.
 
-    On a machine with a device that is soon: torch.distributed asks for devices when a group is made, whatever for.
+    With a device that is soon: torch.distributed asks for devices when a group is made, whatever for.
     """
     import torch
 
