@@ -201,7 +201,7 @@ def test_full_reply_ring_waits_for_the_driver(ends: Ends) -> None:
     thread.start()
     taken: list[Any] = []
     while len(taken) < 12:
-        ends.driver.sleep(0.01)
+        ends.driver.sleep(0.01, ends.driver.seen)
         while ends.replied():
             taken.append(ends.take(0))
     thread.join()
@@ -554,7 +554,7 @@ def test_sleeper_is_woken(monkeypatch: pytest.MonkeyPatch, room: float, in_order
 
 def check_sleepers(ends: Ends) -> None:
     """See `test_sleeper_is_woken`."""
-    assert not ends.driver.sleep(0.001)
+    assert not ends.driver.sleep(0.001, ends.driver.seen)
     got: list[Any] = []
     thread = threading.Thread(target=lambda: got.append(ends.receive(0)))
     thread.start()
@@ -563,7 +563,7 @@ def check_sleepers(ends: Ends) -> None:
     ends.answer(0, "awake")
 
     assert ["wake up"] == got
-    assert ends.driver.sleep(30.0)
+    assert ends.driver.sleep(30.0, ends.driver.seen)
     assert "awake" == ends.take(0)
 
 
@@ -632,7 +632,7 @@ def test_ranks_are_told_to_spread_once_a_burst_has_begun(monkeypatch: pytest.Mon
                 ends.driver.publish(2, b"load", NOTHING, (1,), ())
                 assert 2 == ends.next(1)[0]
                 counts.append(len(told))
-            ends.driver.sleep(0.0)
+            ends.driver.sleep(0.0, ends.driver.seen)
 
     assert [5, 5] == told
     assert 0 < counts.index(1) < 39

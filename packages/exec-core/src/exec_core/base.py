@@ -33,7 +33,7 @@ from exec_core.startup import Phases, died
 T = TypeVar("T")
 OnProgress = Callable[[int, int, int, str], None]
 
-_READY = State.READY  # an enum's members take long to look up
+READY = State.READY  # an enum's members take long to look up
 _numbers = itertools.count()
 _live: weakref.WeakSet[BaseExecutor] = weakref.WeakSet()
 
@@ -362,7 +362,7 @@ class BaseExecutor(abc.ABC):
         max_concurrent_workers: int | None = None,
         aggregate: Callable[[list[Any]], Any] | None = None,
     ) -> Call:
-        if self._lifecycle.state is not _READY:
+        if self._lifecycle.state is not READY:
             self._lifecycle.check_open(method_name(method))
         if not (isinstance(method, str) or callable(method)):
             raise TypeError(f"method must be a name or a callable, not {type(method).__name__}")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from time import monotonic
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from exec_core.asynchronous import awaited, awaited_future, submitted
-from exec_core.base import BaseExecutor, OnProgress
+from exec_core.base import READY, BaseExecutor, OnProgress
 from exec_core.calls import Call
 from exec_core.config import ExecutorConfig
 from exec_core.errors import ConfigError, RpcTimeoutError, WorldJoinError
 from exec_core.execution_loop import ExecutionLoop
 from exec_core.lifecycle import State
-from exec_core.messages import method_name
+from exec_core.messages import NO_KWARGS, method_name
 from exec_core.worker import ReconfigureDistributedRequest
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class Executor(BaseExecutor):
 
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
         self._reset()
+        self._step_timeout_s = config.rpc.execute_model_timeout_s
         super().__init__(config, on_progress=on_progress)
         self._output_ranks = (self.output_rank,)
 
@@ -63,7 +65,8 @@ class Executor(BaseExecutor):
         if self._loop.running and (step := self._loop.step(request)) is not None:
             return step if non_block else step.result()
         call = self._step_call("execute_model", request, None)
-        return self._submit(call, wait=True) if non_block else self._run(call)
+        group = self._group or self._open_group(call)
+        return group.submit(call, wait=True) if non_block else group.run(call)
 
     def submit_step(self, method: str, request: Any, ranks: Sequence[int]) -> Future[Any]:
         """`execute_model` by another name, on some ranks only; for the execution loop."""
@@ -88,9 +91,16 @@ class Executor(BaseExecutor):
         return self.state is not State.READY
 
     def _step_call(self, method: str, request: Any, ranks: Sequence[int] | None) -> Call:
-        limit = self._config.rpc.execute_model_timeout_s
-        timeout = math.inf if limit is None else limit
-        return self._new_call(method, timeout, (request,), None, ranks, self._output_ranks, aggregate=_only)
+        limit = self._step_timeout_s
+        if ranks is not None or self._lifecycle.state is not READY:
+            timeout = math.inf if limit is None else limit
+            return self._new_call(method, timeout, (request,), None, ranks, self._output_ranks, aggregate=_only)
+        # Of every step: nothing of it is the caller's choice, so nothing needs to be checked.
+        ranks, deadline = self._all_ranks, math.inf if limit is None else monotonic() + limit
+        self._check_ranks(method, ranks)
+        return self._call_type(
+            method, (request,), NO_KWARGS, True, ranks, self._output_ranks, limit, deadline, None, _only
+        )
 
     def start_worker_execution_loop(self) -> Future[Any]:
         """Starts the loop on the ranks that are no TP drivers; the future is done when all loops have ended."""

@@ -195,10 +195,14 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
         return kind in _ATOMS
     if not depth or len(value) > _PLAIN_ITEMS:
         return False
+    if kind is dict and not _is_plain(tuple(value.values()), depth - 1):
+        return False
+    if _ATOMS.issuperset(map(type, value)):
+        return True
     for item in value:
-        if type(item) not in _ATOMS and not _is_plain(item, depth - 1):
+        if not _is_plain(item, depth - 1):
             return False
-    return kind is not dict or not value or all(_is_plain(item, depth - 1) for item in value.values())
+    return True
 
 
 def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:
@@ -277,7 +281,7 @@ def encode_call(request: Request) -> tuple[bytes, Encoded]:
         return name, _encode_named((args, kwargs, method), request)
     if not args and not kwargs:
         return name, _EMPTY
-    if kwargs or not _ATOMS.issuperset(map(type, args)):
+    if kwargs or not _is_plain(args):
         return name, _encode_named((args, kwargs), request)
     plain = pickle.dumps((args, kwargs), 5)  # what `encode` would make of it, sooner
     return name, Encoded((plain,), len(plain), Format.PICKLE)

@@ -326,10 +326,10 @@ class DriverChannel:
         with self._in_order:
             pass
 
-    def sleep(self, timeout_s: float) -> bool:
-        """Until the bell rings, or for ``timeout_s``. Whether there is, or was, something to look at."""
+    def sleep(self, timeout_s: float, seen: bytes) -> bool:
+        """Until the bell rings, or for ``timeout_s``. Whether there is, or was, something to look at beside what was ``seen``."""
         self.may_sleep()
-        if self.look() is not None:
+        if self.glance() != seen:
             return True
         rang = rings(self.bell, self._poll, timeout_s)
         self._spread_at = self.sent + _BURST

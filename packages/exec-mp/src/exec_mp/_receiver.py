@@ -207,31 +207,41 @@ class Receiver:
         """
         channel, calls, todo, pace = self._channel, self._calls, self._todo, self._pace
         pace.begin(monotonic())
+        known = channel.seen
         while not entry.finished and (alone or not todo):  # the main thread does nothing of that, see `act`
-            seen, words = channel.glance(), None
-            if seen != channel.seen:
+            seen, now = channel.glance(), monotonic()
+            if seen != known:
                 if seen == complete and calls.close_only(entry):
                     channel.seen = complete
                     break
-                # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
-                others, words = len(calls.in_flight) > 1, channel.words(seen)
-                if alone and (others or entry.future is not None) and not self._may_be_cut_short(entry, words):
+                # What some have acknowledged changes nothing yet if all ranks will, and nobody else has a call.
+                if complete and len(calls.in_flight) == 1 and seen.endswith(channel.rest):
+                    known = seen
+                elif self._deal_with(entry, seen, alone):
+                    complete, known = b"", channel.seen
+                else:
                     return False
-            now = monotonic()
-            # What some have acknowledged changes nothing yet if all ranks will, and nobody else has a call.
-            if words and (others or not complete or now >= pace.spin_until or channel.has_replies(words)):
-                self._process(words)
-                complete = b""
-                if pace.slept:
+                if pace.slept and now >= pace.spin_until:
                     pace.spin_until = now + pace.spin_s  # the other ranks will not be long
             elif now < pace.spin_until:
                 sched_yield()
             elif now >= entry.due or now >= until:
+                if known != channel.seen:  # who is told that it is due is told who has answered
+                    self._deal_with(entry, known, alone)
                 return False
             else:
-                self._sleep(now, min(entry.due, until))
+                self._sleep(now, min(entry.due, until), known)
         if pace.slept:
             pace.came = monotonic()
+        return True
+
+    def _deal_with(self, entry: Entry, seen: bytes, alone: bool) -> bool:
+        """Tells the calls what has been ``seen``. False, and nothing happens, where the caller of ``entry`` is not to do that."""
+        # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
+        shared, words = len(self._calls.in_flight) > 1 or entry.future is not None, self._channel.words(seen)
+        if alone and shared and not self._may_be_cut_short(entry, words):
+            return False
+        self._process(words)
         return True
 
     def _may_be_cut_short(self, entry: Entry, words: Words) -> bool:
@@ -245,13 +255,13 @@ class Receiver:
         headers = [channel.take(rank, place) for rank, place in channel.replies(words)]
         return all(call_id == number and not position for call_id, _, _, _, position, *_ in headers)
 
-    def _sleep(self, now: float, until: float) -> None:
-        """Rests while leading, until the bell rings or ``until`` at most."""
+    def _sleep(self, now: float, until: float, seen: bytes) -> None:
+        """Rests while leading, until the bell rings or ``until`` at most; not if there is more than ``seen``."""
         channel, pace = self._channel, self._pace
         if self._armed is not False:  # else the bell would wake the background thread as well
             with self._lock:
                 self._arm(on=False)
-        channel.sleep(min(pace.rest(now), until - now))
+        channel.sleep(min(pace.rest(now), until - now), seen)
         channel.stay_awake()
         pace.woken(monotonic())
 
@@ -295,7 +305,7 @@ class Receiver:
             if self._leader.get(None) is not leader:
                 time.sleep(0.0005)  # the leader lets them in; a ring's room is not announced
             else:
-                self._channel.sleep(0.001)
+                self._channel.sleep(0.001, self._channel.seen)
                 if words := self._channel.look():
                     self._process(words)
         finally:
