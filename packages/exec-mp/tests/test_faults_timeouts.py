@@ -56,6 +56,29 @@ def test_late_reply_is_dropped(launch: Launch, tmp_path: Path, capfd: pytest.Cap
     assert f"ranks [1 (pid {pid})] have not answered" in str(caught.value)
 
 
+@pytest.mark.parametrize("how", ["main", "thread", "future"])
+def test_timeout_tells_who_has_only_acknowledged(launch: Launch, tmp_path: Path, how: str) -> None:
+    """Ranks that have nothing to say but that they are done have answered as well, whoever waits for them."""
+    executor, gate = launch(3), Gate(tmp_path)
+
+    def call() -> Any:
+        return executor.collective_rpc(workers.wait_at, 0.5, args=(gate, 1), reply_ranks=())
+
+    def waits() -> Any:
+        return executor.collective_rpc(workers.wait_at, 0.5, args=(gate, 1), reply_ranks=(), non_block=True).result(30)
+
+    with pytest.raises(ec.RpcTimeoutError) as caught:
+        if how == "thread":
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(call).result(30)
+        else:
+            waits() if how == "future" else call()
+    gate.open()
+
+    assert ((0, 2), (1,)) == (caught.value.answered_ranks, caught.value.pending_ranks)
+    assert [(rank, 1) for rank in range(3)] == executor.collective_rpc("where", 30.0, args=(1,))
+
+
 def test_late_error_is_dropped(launch: Launch, tmp_path: Path) -> None:
     """An error that comes too late is nobody's: the next call gets its own answer."""
     executor, gate = launch(2), Gate(tmp_path)

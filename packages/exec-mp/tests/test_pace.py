@@ -66,10 +66,10 @@ def test_first_long_wait_is_slept_through() -> None:
     assert not waiter.was_awake
 
 
-def test_patience_is_short_after_a_long_wait() -> None:
-    """After a long wait the next begins with a sixteenth of the yielding, and after a short one with all of it again."""
+def test_there_is_no_patience_after_a_long_wait() -> None:
+    """After a long wait the next one is slept through at once, and after a short one it begins with yielding again."""
     waiter = Waiter().waits(0.01, 0.5)
-    assert pytest.approx(SPIN_S / 16) == waiter.yielded_s
+    assert waiter.yielded_s == 0
     waiter.waits(SPIN_S * 2, 0.5)
 
     assert pytest.approx(SPIN_S) == waiter.yielded_s
@@ -96,15 +96,33 @@ def test_irregular_waits_are_slept_through() -> None:
     """Where nothing can be foreseen, nothing is yielded for it."""
     waiter = Waiter().waits(*[0.004, 0.011, 0.007, 0.02] * 10)
 
-    assert pytest.approx(SPIN_S / 16) == waiter.yielded_s
+    assert waiter.yielded_s == 0
     assert not waiter.was_awake
 
 
 def test_one_odd_wait_is_forgotten_soon() -> None:
     """A step of another kind disturbs the foresight for some steps only."""
-    waiter = Waiter().waits(*[0.01] * 30, 0.3, *[0.01] * 25)
+    waiter = Waiter().waits(*[0.01] * 30, 0.3, *[0.01] * 5)
 
     assert waiter.was_awake
+
+
+def test_waits_of_another_length_become_the_usual_ones() -> None:
+    """One odd wait is odd; with two in a row, that is how long steps take now."""
+    waiter = Waiter().waits(*[0.01] * 30, *[0.02] * 25)
+
+    assert waiter.was_awake
+    assert waiter.yielded_s < SPIN_S
+
+
+def test_odd_waits_now_and_then_do_not_keep_the_others_asleep() -> None:
+    """A busy machine takes the processor from one step in ten; the others are met awake all the same, most of them."""
+    waiter, awake = Waiter(room=0.4), 0
+    for step in range(300):
+        waiter.waits(0.014 if step % 10 == 9 else 0.01 + 20e-6 * (step % 3))
+        awake += waiter.was_awake
+
+    assert awake > 300 * 0.6
 
 
 def test_what_does_not_come_is_slept_for() -> None:
@@ -172,7 +190,7 @@ def test_nearly_all_are_met_awake(takes_s: float) -> None:
 def test_what_comes_early_ends_a_nap() -> None:
     """A nap is a sleep from which one can be woken; being woken is not being late."""
     waiter = Waiter().waits(*[0.01] * 30, 0.005)
-    assert pytest.approx(SPIN_S / 16) == waiter.yielded_s
+    assert waiter.yielded_s == 0
     assert not waiter.was_awake
     waiter.waits(*[0.01] * 25)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 _GAIN = 0.25  # of a new wait in the averages
-_FAR_S = 0.001  # a wait that is so far off the usual starts anew: it is another kind of step
+_FAR_S = 0.001  # a wait that is so far off the usual is an odd one; with a second one in a row, averages start anew
 _RARE = 1 / 50  # of the waits are over before the waiter is awake
 _WIDE = 5  # times the average distance from the usual: how much earlier than that to be awake at most
 _LEAST_S = 20e-6  # to be earlier by less means nothing to a scheduler
@@ -44,6 +44,7 @@ class Pace:
         self.slept = False
         self._awake_at = math.inf  # end of the nap that is being taken
         self._usual_s = 0.0  # average of the waits that were slept through
+        self._was_odd = True  # the last one was far from it
         self._error_s = math.inf  # average distance from it
         self._early_s = math.inf  # a wait is rarely shorter than usual by more
         self._margin_s: float | None = None  # how much earlier than usual to be awake; None: it cannot be foreseen
@@ -77,18 +78,22 @@ class Pace:
         self._awake_at = math.inf
 
     def _learn(self, waited_s: float) -> None:
-        """From a wait that was slept through. After a long one, the next one begins with yielding only briefly.
+        """From a wait that was slept through. After a long one, the next one is slept through from the start.
 
         In few steps: caches are cold between one wait and the next, so each costs many times what it costs elsewhere.
         """
         spin_s, usual_s, error_s = self.spin_s, self._usual_s, self._error_s
-        self._patience_s = spin_s if waited_s < 4 * spin_s else spin_s / 16
+        self._patience_s = spin_s if waited_s < 4 * spin_s else 0.0
         early_s = usual_s - waited_s
         off_s = early_s if early_s > 0 else -early_s
-        if off_s > _FAR_S:
-            usual_s, off_s = waited_s, _FAR_S
-        else:
+        if off_s <= _FAR_S:
             usual_s -= early_s * _GAIN
+            self._was_odd = False
+        else:
+            off_s = _FAR_S
+            if self._was_odd:
+                usual_s = waited_s
+            self._was_odd = not self._was_odd
         error_s = min(error_s, _FAR_S)
         error_s += (off_s - error_s) * _GAIN
         # Up by nearly an average distance when a wait was shorter than that, else down by very little: in balance it is rare.
