@@ -197,12 +197,7 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
         return False
     if kind is dict and not _is_plain(tuple(value.values()), depth - 1):
         return False
-    if _ATOMS.issuperset(map(type, value)):
-        return True
-    for item in value:
-        if not _is_plain(item, depth - 1):
-            return False
-    return True
+    return _ATOMS.issuperset(map(type, value)) or all(_is_plain(item, depth - 1) for item in value)
 
 
 def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:

@@ -226,8 +226,7 @@ class Receiver:
             elif now < pace.spin_until:
                 sched_yield()
             elif now >= entry.due or now >= until:
-                if known != channel.seen:  # who is told that it is due is told who has answered
-                    self._deal_with(entry, known, alone)
+                self._deal_with(entry, known, alone)  # who is told that it is due is told who has answered
                 return False
             else:
                 self._sleep(now, min(entry.due, until), known)
