@@ -215,6 +215,28 @@ def test_odd_name_travels_in_the_body(method: str) -> None:
         assert request == Request(*messages.decode_call("", body(encoded), encoded.format))
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """A dictionary in dictionaries."""
+    return {"inner": nested(levels - 1) if levels else 1}
+
+
+@pytest.mark.parametrize(
+    "args", [((0.5, b"x"), "y"), ([{"a": (1, None)}],), ({(1, 2): 3},), (nested(2),), (nested(40),), tuple(range(100))]
+)
+def test_arguments_arrive_however_deep_they_are(args: tuple[Any, ...]) -> None:
+    """Plain ones are recognised down to some depth; what lies deeper arrives as well."""
+    name, encoded = messages.encode_call(Request("load", args))
+
+    assert ("load", args, {}) == messages.decode_call("load", body(encoded), encoded.format)
+    assert b"load" == name
+
+
+def test_dictionaries_take_one_level_each() -> None:
+    """Arguments as deep as engines' requests are still plain: no pickler of our own is made for them."""
+    assert messages._is_plain((nested(2),))
+    assert not messages._is_plain((nested(3),))
+
+
 def test_callable_travels_in_the_body() -> None:
     """A callable has no name on the wire, and its own name for people."""
     name, encoded = messages.encode_call(Request(lambda worker, x: worker + x, (1,)))

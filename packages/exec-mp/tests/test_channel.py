@@ -405,7 +405,7 @@ def test_acknowledgements_of_one_call_are_known_beforehand(ends: Ends) -> None:
     ends.acknowledge(0, 8)
     assert complete == ends.driver.glance()
     words = ends.driver.words(complete)
-    assert not ends.driver.has_replies(words)
+    assert not ends.driver.replies(words)
     ends.driver.consume(words)
     assert complete == ends.driver.seen
     assert ends.driver.look() is None
@@ -413,7 +413,7 @@ def test_acknowledgements_of_one_call_are_known_beforehand(ends: Ends) -> None:
 
     words = ends.driver.words(ends.driver.glance())
     assert complete != ends.driver.glance()
-    assert ends.driver.has_replies(words)
+    assert ends.driver.replies(words)
 
 
 def test_acknowledgements_are_known_beforehand_after_replies_too(ends: Ends) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 
 import exec_core as ec
 from exec_core.testing import Gate, eventually, faults, workers
+from exec_core.testing.deadlines import AMPLE_S
 from exec_mp import _stacks
 from exec_mp._poller import Poller
 
@@ -61,18 +63,14 @@ def test_timeout_tells_who_has_only_acknowledged(launch: Launch, tmp_path: Path,
     """Ranks that have nothing to say but that they are done have answered as well, whoever waits for them."""
     executor, gate = launch(3), Gate(tmp_path)
 
-    def call() -> Any:
-        return executor.collective_rpc(workers.wait_at, 0.5, args=(gate, 1), reply_ranks=())
-
-    def waits() -> Any:
-        return executor.collective_rpc(workers.wait_at, 0.5, args=(gate, 1), reply_ranks=(), non_block=True).result(30)
-
-    with pytest.raises(ec.RpcTimeoutError) as caught:
-        if how == "thread":
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(call).result(30)
+    call: Callable[..., Any] = functools.partial(
+        executor.collective_rpc, workers.wait_at, AMPLE_S, (gate, 1), reply_ranks=()
+    )
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ec.RpcTimeoutError) as caught:
+        if how == "main":
+            call()
         else:
-            waits() if how == "future" else call()
+            (pool.submit(call) if how == "thread" else call(non_block=True)).result(30)
     gate.open()
 
     assert ((0, 2), (1,)) == (caught.value.answered_ranks, caught.value.pending_ranks)

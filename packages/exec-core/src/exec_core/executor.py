@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from exec_core.asynchronous import awaited, awaited_future, submitted
 from exec_core.base import READY, BaseExecutor, OnProgress
-from exec_core.calls import Call
+from exec_core.calls import Call, checked_timeout
 from exec_core.config import ExecutorConfig
 from exec_core.errors import ConfigError, RpcTimeoutError, WorldJoinError
 from exec_core.execution_loop import ExecutionLoop
@@ -33,7 +33,8 @@ class Executor(BaseExecutor):
 
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
         self._reset()
-        self._step_timeout_s = config.rpc.execute_model_timeout_s
+        limit = config.rpc.execute_model_timeout_s
+        self._step_timeout_s = None if limit is None else checked_timeout(limit)
         super().__init__(config, on_progress=on_progress)
         self._output_ranks = (self.output_rank,)
 

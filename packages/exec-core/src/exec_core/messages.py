@@ -195,7 +195,7 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
         return kind in _ATOMS
     if not depth or len(value) > _PLAIN_ITEMS:
         return False
-    if kind is dict and not _is_plain(tuple(value.values()), depth - 1):
+    if kind is dict and not _is_plain(tuple(value.values()), depth):
         return False
     return _ATOMS.issuperset(map(type, value)) or all(_is_plain(item, depth - 1) for item in value)
 

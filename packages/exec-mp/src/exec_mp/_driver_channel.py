@@ -260,10 +260,6 @@ class DriverChannel:
         """By rank: the id of the call up to which it has answered."""
         return self._by_rank.unpack_from(words[0])
 
-    def has_replies(self, words: Words) -> bool:
-        """Whether there are any that have not been consumed."""
-        return words[1] != self._taken
-
     def replies(self, words: Words) -> list[tuple[int, int]]:
         """Rank and number of each reply in a ring that has not been consumed."""
         if words[1] == self._taken:
