@@ -34,6 +34,7 @@ HELD_BYTES = 4 << 30
 
 def hold(worker: Any, nbytes: int = HELD_BYTES) -> int:
     """Takes that much of the device's memory, for as long as the worker lives."""
+    worker.itself = worker  # as a model may be part of a cycle
     worker.held = torch.ones(nbytes, dtype=torch.uint8, device=worker.context.device)
     torch.cuda.synchronize()
     return os.getpid()
@@ -80,6 +81,29 @@ def test_too_few_devices_are_an_error() -> None:
         ec.create_executor(config)
 
     assert (64, torch.cuda.device_count()) == (caught.value.requested, caught.value.found)
+
+
+FORKED = """
+import os, sys, torch
+import exec_core as ec
+
+torch.zeros(1, device="cuda")
+if pid := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+try:
+    ec.create_executor(ec.ExecutorConfig(worker_cls="exec_core.testing.workers:EchoWorker", backend="uniproc"))
+except ec.DeviceError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+def test_forked_driver_is_refused_a_worker_in_its_process() -> None:
+    """CUDA does not work there, and ``auto`` is not the CPU for that."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "was forked from one that had" in done.stdout
 
 
 PROGRAM = """
@@ -139,10 +163,11 @@ def test_memory_is_free_after_the_driver_is_killed(free_bytes: Callable[[], int]
     eventually(lambda: free_bytes() > before - HELD_BYTES // 4, every_s=0.05)
 
 
-def test_memory_is_free_after_shutdown(launch: Launch, free_bytes: Callable[[], int]) -> None:
-    """At once: the worker has ended when ``shutdown`` returns."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_is_free_after_shutdown(launch: Launch, free_bytes: Callable[[], int], backend: str) -> None:
+    """At once: the worker's process has ended when ``shutdown`` returns, or torch has given back what it kept of it."""
     before = free_bytes()
-    executor = launch()
+    executor = launch(**BACKENDS[backend])
     executor.collective_rpc(hold)
     assert before - free_bytes() >= HELD_BYTES
     executor.shutdown()

@@ -106,11 +106,12 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(tiny_model: str, ans
     assert other == same
 
 
+@pytest.mark.cuda_devices(2)
 def test_an_abandoned_generation_does_not_disturb_the_next(tiny_model: str, device: str) -> None:
     """Steps that are still under way finish first, and their blocks are written over."""
     file = read_gguf(tiny_model)
     hparams = Hparams.from_gguf(file)
-    layout = ("--pipeline-parallel-size", "2", "--device", "cpu" if device == "cpu" else "auto", "-")
+    layout = ("--pipeline-parallel-size", "2", "--device", device, "-")
     with create_executor(executor_config(parse(layout, ""), file, hparams)) as executor:
         engine = Engine(executor, hparams)
         requests = [request(prompt) for prompt in PROMPTS]

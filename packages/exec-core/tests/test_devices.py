@@ -1,10 +1,11 @@
 """Which rank gets which device, with counts and environments that no machine need have."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from exec_core import ConfigError, DeviceConfig, DeviceError, ParallelConfig, devices
 from exec_core.devices import Placement
@@ -133,6 +134,43 @@ def test_count_is_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "COUNT_PROGRAM", "print('a warning'); print(7)")
 
     assert 7 == devices.count_cuda_devices()
+
+
+FORKED = RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA, you must use 'spawn'")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Exception], None]:
+    """Makes torch find that many devices, or say that for having none."""
+
+    def pretend(found: int, why: Exception) -> None:
+        def init() -> None:
+            raise why
+
+        monkeypatch.setattr(devices, "has_cuda_driver", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+        monkeypatch.setattr(torch.cuda, "init", init)
+
+    return pretend
+
+
+@pytest.mark.parametrize("why", [RuntimeError("No CUDA GPUs are available"), AssertionError("not compiled with CUDA")])
+def test_counting_in_this_process(cuda: Callable[[int, Exception], None], why: Exception) -> None:
+    """As many as torch finds, and none where it finds none."""
+    cuda(3, why)
+    assert 3 == devices.count_in_this_process()
+    cuda(0, why)
+    assert 0 == devices.count_in_this_process()
+
+
+def test_forked_process_has_no_devices_of_its_own(cuda: Callable[[int, Exception], None]) -> None:
+    """CUDA refuses it all: that is an error, and no reason to compute on the CPU."""
+    cuda(0, FORKED)
+    with pytest.raises(DeviceError, match=r"was forked from one that had.*'spawn', or use backend 'mp'") as caught:
+        devices.place(DeviceConfig(), ParallelConfig(), 1, count=devices.count_in_this_process)
+
+    assert caught.value.__cause__ is FORKED
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The wrapper that holds a rank's worker: what it finds by name, and what it leaves behind."""
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from exec_core import ExecutorConfig, ExecutorError, Reply, Request, Worker, WorkerContext, WorkerInit, WorkerWrapper
 from exec_core.testing import workers
@@ -204,6 +206,57 @@ def test_shutdown_does_not_raise(
     assert ["in the worker", "in the groups"] == [
         str(record.exc_info[1]) for record in caplog.records if record.exc_info
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({}, [True], id="in the driver"),
+        pytest.param({"in_driver": False}, [], id="in a process of its own"),
+        pytest.param({"device_name": "cpu"}, [], id="on no device"),
+    ],
+)
+def test_memory_of_the_device_is_given_back(
+    changes: dict[str, Any], expected: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the worker is gone, also one that is part of a cycle; integration/gpu_tests has the same with a device."""
+    kept: list[weakref.ref[Any]] = []
+    emptied: list[bool] = []  # whether the worker was gone by then
+
+    class Cyclic(workers.EchoWorker):
+        def init_device(self) -> None:
+            self.itself = self
+            kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(kept[0]() is None))
+    wrapper = made(tmp_path, Cyclic)
+    executed(wrapper, "init_device")
+    context = wrapper.context
+    assert context is not None
+    for name, value in {"device_name": "cuda:0", **changes}.items():
+        setattr(context, name, value)
+    wrapper.shutdown()
+
+    assert expected == emptied
+
+
+def test_lost_device_does_not_keep_the_rest_from_being_shut_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CUDA then refuses to take memory back, too."""
+
+    def refuse() -> None:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    wrapper = made(tmp_path)
+    assert wrapper.context is not None
+    wrapper.context.device_name = "cuda:0"
+    wrapper.shutdown()
+
+    assert ["device-side assert"] == [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
 
 
 def test_private_directory_of_the_driver_is_swept(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 import exec_core as ec
-import exec_uniproc.executor
 from exec_core import devices
 from exec_core.testing import Gate, workers
 from exec_core.testing.interrupts import interrupted
@@ -82,10 +81,7 @@ def test_everything_passes_by_reference(start: Start) -> None:
 
 def test_local_rank_is_the_device_index(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's local rank and device are the index of the device it was given."""
-    monkeypatch.setattr(devices, "count_cuda_devices", lambda: 4)
-    monkeypatch.setattr(
-        exec_uniproc.executor, "place", lambda *args, **kwargs: devices.place(*args, **kwargs, count=lambda: 4)
-    )
+    monkeypatch.setattr(devices, "count_in_this_process", lambda: 4)
 
     class Deviceless(EchoWorker):
         def init_device(self) -> None:
@@ -141,7 +137,7 @@ def test_more_than_one_rank_is_refused(start: Start, name: str) -> None:
 
 def test_too_few_devices(start: Start) -> None:
     """Asking for cuda where there is none says so, and starts nothing."""
-    if devices.count_cuda_devices():
+    if devices.count_in_this_process():
         return
     with pytest.raises(ec.DeviceError, match="1 requested, 0 found"):
         start(device=ec.DeviceConfig(device="cuda"))

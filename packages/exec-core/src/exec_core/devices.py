@@ -40,6 +40,29 @@ def count_cuda_devices() -> int:
     return int(numbers[-1])
 
 
+def count_in_this_process() -> int:
+    """CUDA devices that this process sees, for a worker that runs in it: torch may be loaded and CUDA be used here.
+
+    Raises:
+        DeviceError: CUDA refuses this process, whatever there is, as it does after a fork.
+    """
+    if not has_cuda_driver():
+        return 0
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call] # it says why not
+    except Exception as error:
+        if "fork" in str(error):
+            raise DeviceError(
+                "this process cannot use CUDA, since it was forked from one that had", 1, 0, None,
+                "start it with the method 'spawn', or use backend 'mp': its workers are not forked from this process",
+            ) from error  # fmt: skip
+    return 0
+
+
 @attrs.frozen
 class Placement:
     """Where the ranks of this machine run.
@@ -64,7 +87,7 @@ def place(
     parallel: ParallelConfig,
     local_size: int,
     *,
-    count: Callable[[], int] = count_cuda_devices,
+    count: Callable[[], int],
     env: Mapping[str, str] | None = None,
 ) -> Placement:
     """Chooses a device for each of ``local_size`` ranks of this machine.

@@ -9,6 +9,7 @@ First environment variables are set (``update_environment_variables``), then com
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 import sys
@@ -151,6 +152,8 @@ class WorkerWrapper:
         finally:
             self.worker = None
             self._close(context)
+            if context.in_driver:  # a process of the worker's own ends
+                free_device_memory(context)
 
     @staticmethod
     def _close(context: WorkerContext) -> None:
@@ -188,6 +191,21 @@ def select_device(context: WorkerContext | None) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and context is not None and (context.device_name or "").startswith("cuda"):
         torch.cuda.set_device(context.device)
+
+
+def free_device_memory(context: WorkerContext) -> None:
+    """Gives back to the device what torch's allocator keeps for this process when a worker is gone from it.
+
+    Whoever comes next may be another process, an executor's with workers of its own, say.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not (context.device_name or "").startswith("cuda") or not torch.cuda.is_initialized():
+        return
+    gc.collect()  # a model may be part of a cycle
+    try:
+        torch.cuda.empty_cache()
+    except Exception:  # of a device that refuses everything, see `device_failure`
+        context.log.warning("giving back the device's memory raised", exc_info=True)
 
 
 def device_failure(context: WorkerContext | None) -> str | None:

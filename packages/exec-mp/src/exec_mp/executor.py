@@ -43,7 +43,9 @@ class MultiprocessingDistributedExecutor(Executor):
         _check(self._config.parallel.data_parallel_size)
         inline = self._config.parallel.driver_worker == "inline"
         if inline and self.world_size == 1:
-            placement = devices.place(self._config.device, self._config.parallel, 1)
+            placement = devices.place(
+                self._config.device, self._config.parallel, 1, count=devices.count_in_this_process
+            )
             return InProcessGroup(self._init(0, placement, None, inline), self._room, self._report_progress)
         if inline and self._config.device.device != "none" and self._config.device.distributed_backend != "none":
             _refuse_process_group()

@@ -102,7 +102,9 @@ class ExecutorWithExternalLauncher(Executor):
         """What the other ranks have to know of this one before anything is started: above all, why it cannot."""
         config, placement, error = _described(self._config, self.divergence_timeout_s), None, b""
         try:
-            placement = devices.place(self._config.device, self._config.parallel, env.least_local_size, count=_count)
+            placement = devices.place(
+                self._config.device, self._config.parallel, env.least_local_size, count=devices.count_in_this_process
+            )
         except ExecutorError as wrong:
             error = b"".join(messages.encode_error(wrong).parts)
         return Report(env.rank, os.getpid(), config, error), placement
@@ -193,15 +195,6 @@ class ExecutorWithExternalLauncher(Executor):
         except ExecutorError:
             if exc[0] is None:
                 raise
-
-
-def _count() -> int:
-    """Devices that this process sees: the worker runs in it, so nothing is gained by counting in a child."""
-    if not devices.has_cuda_driver():
-        return 0
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _described(config: ExecutorConfig, apart_s: float | None) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from exec_core import devices
 from exec_core.config import ExecutorConfig
 from exec_core.context import WorkerInit
-from exec_core.devices import index_in_this_process, place
 from exec_core.errors import ConfigError
 from exec_core.executor import Executor
 from exec_core.inprocess import InProcessGroup
@@ -25,8 +25,10 @@ class UniProcExecutor(Executor):
         return InProcessGroup(self._worker_init(), self._room, self._report_progress)
 
     def _worker_init(self) -> WorkerInit:
-        placement = place(self._config.device, self._config.parallel, local_size=1)
-        local_rank = index_in_this_process(placement, 0) if placement.kind == "cuda" else 0
+        placement = devices.place(
+            self._config.device, self._config.parallel, local_size=1, count=devices.count_in_this_process
+        )
+        local_rank = devices.index_in_this_process(placement, 0) if placement.kind == "cuda" else 0
         return WorkerInit(
             config=self._config,
             rank=0,
