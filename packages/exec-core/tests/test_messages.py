@@ -56,6 +56,55 @@ def test_tensor_memory_is_beside_the_pickle() -> None:
     assert -1 == messages.decode(body(encoded), encoded.format)["t"][7]
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.arange(6.0), id="flat"),
+        pytest.param(torch.arange(6).view(2, 3), id="matrix"),
+        pytest.param(torch.arange(6).view(2, 3).t(), id="transposed"),
+        pytest.param(torch.tensor(2.5), id="scalar"),
+        pytest.param(torch.ones(1, 1), id="one element"),
+        pytest.param(torch.arange(12)[::3], id="every third"),
+        pytest.param(torch.ones(1).expand(4), id="expanded"),
+        pytest.param(torch.zeros(1, 2, 3, 4).to(memory_format=torch.channels_last), id="channels last"),
+        pytest.param(torch.arange(9, dtype=torch.uint8)[1:], id="not aligned"),
+        pytest.param(torch.tensor([True, False]), id="bool"),
+        pytest.param(torch.arange(4).to(torch.float8_e4m3fn), id="fp8"),
+        pytest.param(torch.ones(2, 2, requires_grad=True), id="leaf of a graph"),
+        pytest.param(torch.empty(0, 3), id="empty"),
+    ],
+)
+def test_tensor_arrives_as_it_was(tensor: torch.Tensor) -> None:
+    """In type, shape, strides and values, and as nobody's view: of a view autograd keeps what it is one of."""
+    for arrived in (again(tensor), again({"a": [tensor]})["a"][0], again([tensor, torch.ones(2)])[0]):
+        assert (tensor.dtype, tensor.shape, tensor.stride()) == (arrived.dtype, arrived.shape, arrived.stride())
+        assert (tensor.requires_grad, True, None) == (arrived.requires_grad, arrived.is_leaf, arrived._base)
+        assert torch.equal(tensor.float(), arrived.float())
+
+
+def test_common_tensors_need_no_pickler_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among builtin values those of torch and numpy are pickled like these; a parameter is not one of them."""
+    value = {"weights": [torch.ones(2), numpy.ones(2)], "step": 5}
+    messages.encode([torch.ones(1), numpy.ones(1)])  # now both are known
+    monkeypatch.setattr(messages, "_Pickler", None)
+
+    assert [2.0, 2.0] == [part.sum().item() for part in again(value)["weights"]]
+    with pytest.raises(SerializationError):
+        messages.encode([torch.nn.Parameter(torch.ones(2))])
+
+
+def test_odd_ones_arrive_among_common_ones() -> None:
+    """One that is not plain, however late it is met, makes no difference to the others."""
+    marked: Any = torch.full((2,), 7.0)
+    marked.tag = "weight"
+    odd = [marked, torch.eye(2).to_sparse(), numpy.array([{}, None], dtype=object)]
+    for value in odd:
+        before, arrived, after = again([torch.arange(3), value, numpy.arange(4)])
+        assert ([0, 1, 2], [0, 1, 2, 3]) == (before.tolist(), after.tolist())
+        assert type(value) is type(arrived)
+    assert "weight" == again([torch.arange(3), marked])[1].tag
+
+
 def test_slice_ships_its_own_bytes_only() -> None:
     """Two elements of a large tensor make a small message."""
     assert messages.encode(torch.zeros(1 << 20)[5:7]).nbytes < 1000
@@ -176,8 +225,9 @@ def test_culprit_in_an_object_is_named() -> None:
         def __init__(self) -> None:
             self.lock = threading.Lock()
 
-    with pytest.raises(SerializationError, match=r"args\[0\]\.lock"):
-        messages.encode_call(Request("load", (Holder(),)))
+    for before in ((), (torch.ones(2),)):
+        with pytest.raises(SerializationError, match=rf"args\[{len(before)}\]\.lock"):
+            messages.encode_call(Request("load", (*before, Holder())))
 
 
 def test_very_deep_value_is_refused() -> None:

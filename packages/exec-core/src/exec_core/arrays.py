@@ -14,10 +14,9 @@ Neither torch nor numpy is imported here: an object of theirs can only exist whe
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -46,9 +45,10 @@ class Segment:
 
     def memory(self) -> memoryview:
         """The source memory itself, or a copy where it is a device's."""
+        start, end = self.start, self.end
         if getattr(self.owners[0], "is_cuda", False):
-            return _copied_to_host(self.owners[0], self.start, self.end)
-        return memoryview((ctypes.c_char * (self.end - self.start)).from_address(self.start)).cast("B")
+            return _copied_to_host(self.owners[0], start, end)
+        return memoryview((ctypes.c_char * (end - start)).from_address(start)).cast("B")
 
 
 def _copied_to_host(tensor: Any, start: int, end: int) -> memoryview:
@@ -76,28 +76,57 @@ def reduce_storage(obj: Any) -> Any:
     return host.__reduce__()
 
 
+known: frozenset[type] = frozenset()  # torch.Tensor and numpy.ndarray, each once one has been pickled
+
+
+def _meet(kind: type) -> None:
+    global known
+    if kind not in known:
+        known |= {kind}
+
+
 class ViewTable:
     """The byte ranges that one message refers to, collected while it is pickled."""
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int, object]] = []  # (start, end, owner), in the order of the views
 
+    def dispatch(self) -> dict[type, Callable[[Any], Any]]:
+        """For a pickler that meets no others: how to pickle what is of a `known` type. Raises for one that is not plain."""
+        return dict.fromkeys(known, self._reduce_plain)
+
+    def _reduce_plain(self, obj: Any) -> tuple[object, ...]:
+        reduced = self.reduce(obj)
+        if reduced is None:
+            raise TypeError("not plain")
+        return reduced
+
     def reduce(self, obj: Any) -> tuple[object, ...] | None:
         """How to pickle ``obj``, or None when it is not a plain strided tensor or array."""
-        torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
-        if torch is not None and type(obj) is getattr(torch, "Tensor", None) and _is_plain(obj, torch):
-            shape, stride, count = tuple(obj.shape), obj.stride(), obj.numel()
-            if not obj.is_contiguous():
-                count = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1 if count else 0
-            index = self._add(obj.data_ptr(), count * obj.element_size(), obj)
-            return load_tensor, (index, str(obj.dtype).removeprefix("torch."), shape, stride, obj.requires_grad)
-        if numpy is not None and type(obj) is getattr(numpy, "ndarray", None) and not obj.dtype.hasobject:
-            steps = [(n - 1) * step for n, step in zip(obj.shape, obj.strides, strict=True)]
-            before = -sum(s for s in steps if s < 0)  # bytes below the first element when strides are negative
-            extent = before + sum(s for s in steps if s > 0) + obj.itemsize if obj.size else 0
-            index = self._add(obj.ctypes.data - before, extent, obj)
-            return load_array, (index, obj.dtype, obj.shape, obj.strides, before)
+        kind = type(obj)
+        torch = sys.modules.get("torch")
+        if torch is not None and kind is getattr(torch, "Tensor", None):
+            return self._reduce_tensor(obj) if _is_plain(obj, torch) else None
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and kind is getattr(numpy, "ndarray", None) and not obj.dtype.hasobject:
+            return self._reduce_array(obj)
         return None
+
+    def _reduce_tensor(self, tensor: Any) -> tuple[object, ...]:
+        _meet(type(tensor))
+        shape, stride, count = tuple(tensor.shape), tensor.stride(), tensor.numel()
+        if not tensor.is_contiguous():
+            count = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1 if count else 0
+        index = self._add(tensor.data_ptr(), count * tensor.element_size(), tensor)
+        return load_tensor, (index, str(tensor.dtype).removeprefix("torch."), shape, stride, tensor.requires_grad)
+
+    def _reduce_array(self, array: Any) -> tuple[object, ...]:
+        _meet(type(array))
+        steps = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+        before = -sum(s for s in steps if s < 0)  # bytes below the first element when strides are negative
+        extent = before + sum(s for s in steps if s > 0) + array.itemsize if array.size else 0
+        index = self._add(array.ctypes.data - before, extent, array)
+        return load_array, (index, array.dtype, array.shape, array.strides, before)
 
     def _add(self, start: int, nbytes: int, owner: object) -> int:
         if nbytes == 0:
@@ -171,6 +200,11 @@ def load_tensor(
     if index < 0:
         return torch.empty_strided(shape, stride, dtype=dtype, requires_grad=requires_grad)
     number, offset = _loading.views[index]
+    if not offset and len(_loading.views) == 1:  # the commonest: nothing else lies there, nor will be laid over it
+        tensor = torch.frombuffer(_loading.segments[number], dtype=dtype)
+        if stride != (1,) or tensor.shape != shape:
+            tensor.as_strided_(shape, stride)
+        return tensor.requires_grad_() if requires_grad else tensor
     storage = torch.frombuffer(_loading.segments[number], dtype=torch.uint8).untyped_storage()
     tensor = torch.empty(0, dtype=dtype)
     if offset % tensor.element_size():  # unaligned at its source too: torch cannot say so, a copy can
@@ -193,4 +227,4 @@ def load_array(index: int, dtype: Any, shape: tuple[int, ...], strides: tuple[in
 
 def round_up(nbytes: int) -> int:
     """``nbytes`` up to the next multiple of the alignment."""
-    return math.ceil(nbytes / ALIGNMENT) * ALIGNMENT
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -158,46 +158,81 @@ def encode(value: object, name: str = "the value", same_program: bool = False) -
     if _is_plain(value):  # no pickler of our own is needed, and making one costs more than the rest
         plain = pickle.dumps(value, 5)
         return Encoded((plain,), len(plain), Format.PICKLE)
+    return _encode_other(value, name, same_program)
+
+
+def _encode_other(value: object, name: str = "the value", same_program: bool = False) -> Encoded:
+    """`encode`, of what is not plain."""
     table, file = arrays.ViewTable(), io.BytesIO()
-    try:
-        _Pickler(file, table, same_program).dump(value)
-    except Exception as error:
-        path, cause = _culprit(value, name, error)
-        raise SerializationError(path, f"{type(cause).__name__}: {cause}") from error
-    pickled = file.getbuffer()
+    is_common = bool(arrays.known) and _is_plain(value, _ATOMS | arrays.known)
+    if not is_common or not _pickled_with_arrays(value, table, file):
+        table, file = arrays.ViewTable(), io.BytesIO()
+        try:
+            _Pickler(file, table, same_program).dump(value)
+        except Exception as error:
+            path, cause = _culprit(value, name, error)
+            raise SerializationError(path, f"{type(cause).__name__}: {cause}") from error
+    nbytes = file.tell()
     segments, views = table.segments()
     if not segments:
-        return Encoded((pickled,), pickled.nbytes, Format.PICKLE)
-    words = [len(segments), len(views), len(pickled)]
-    words += [segment.nbytes for segment in segments]
-    for view in views:
-        words += view
-    head = struct.pack(f"<{len(words)}Q", *words)
-    parts: list[Part] = [head, _padding(len(head)), pickled, _padding(len(pickled))]
+        return Encoded((file.getbuffer(),), nbytes, Format.PICKLE)
+    file.write(_padding(nbytes))
+    if len(segments) == len(views) == 1:  # the commonest
+        head = _ONE_VIEW.pack(1, 1, nbytes, segments[0].nbytes, *views[0])
+    else:
+        words = [len(segments), len(views), nbytes]
+        words += [segment.nbytes for segment in segments]
+        for view in views:
+            words += view
+        head = struct.pack(f"<{len(words)}Q", *words)
+        head += _padding(len(head))
+    parts: list[Part] = [head, file.getbuffer()]
     for segment in segments:
-        parts += (bytes(segment.lead), segment.memory(), _padding(segment.nbytes))
+        if segment.lead:
+            parts.append(bytes(segment.lead))
+        parts.append(segment.memory())
+        if padding := _padding(segment.nbytes):
+            parts.append(padding)
     return Encoded(parts, sum(map(len, parts)), Format.SEGMENTS, segments)
+
+
+def _pickled_with_arrays(value: object, table: arrays.ViewTable, file: io.BytesIO) -> bool:
+    """Pickles builtin values among which are tensors and arrays; False when one of those is odd."""
+    pickler = pickle.Pickler(file, 5)
+    pickler.dispatch_table = table.dispatch()
+    try:
+        pickler.dump(value)
+    except Exception:
+        return False
+    return True
+
+
+_ONE_VIEW = struct.Struct(f"<6Q{-48 % arrays.ALIGNMENT}x")  # how such a body begins, with one view of one segment
 
 
 def _padding(nbytes: int) -> bytes:
     return bytes(-nbytes % arrays.ALIGNMENT)
 
 
-_ATOMS = frozenset({int, str, float, bytes, bool, type(None)})
+_ATOMS: frozenset[type] = frozenset({int, str, float, bytes, bool, type(None)})
 _CONTAINERS = frozenset({tuple, list, dict})
 _PLAIN_ITEMS = 64
 
 
-def _is_plain(value: Any, depth: int = 4) -> bool:
-    """Whether ``value`` is made of builtin values only, and few of them."""
+def _is_plain(value: Any, atoms: frozenset[type] = _ATOMS, depth: int = 4) -> bool:
+    """Whether ``value`` is made of builtin containers and ``atoms`` only, and few of them."""
     kind = type(value)
     if kind not in _CONTAINERS:
-        return kind in _ATOMS
+        return kind in atoms
     if not depth or len(value) > _PLAIN_ITEMS:
         return False
-    if kind is dict and not _is_plain(tuple(value.values()), depth):
+    if kind is dict and not _is_plain(tuple(value.values()), atoms, depth):
         return False
-    return _ATOMS.issuperset(map(type, value)) or all(_is_plain(item, depth - 1) for item in value)
+    if not atoms.issuperset(map(type, value)):
+        for item in value:
+            if type(item) not in atoms and not _is_plain(item, atoms, depth - 1):
+                return False
+    return True
 
 
 def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:
@@ -213,7 +248,11 @@ def decode(buffer: memoryview, fmt: int, owned: bool = False) -> Any:
         return pickle.loads(buffer)
     # One copy into memory of our own; the views below lie over it and keep it alive.
     memory = buffer if owned else memoryview(bytearray(buffer))
-    n_segments, n_views, pickle_nbytes = struct.unpack_from("<3Q", memory)
+    n_segments, n_views, pickle_nbytes, size, number, offset = _ONE_VIEW.unpack_from(memory)
+    if n_segments == n_views == 1:
+        begin = _ONE_VIEW.size + arrays.round_up(pickle_nbytes)
+        with arrays.Loading((memory[begin : begin + size],), ((number, offset),)):
+            return pickle.loads(memory[_ONE_VIEW.size : _ONE_VIEW.size + pickle_nbytes])
     words = struct.unpack_from(f"<{n_segments + 2 * n_views}Q", memory, 24)
     position = arrays.round_up(8 * (3 + len(words)))
     pickled = memory[position : position + pickle_nbytes]
@@ -276,7 +315,7 @@ def encode_call(request: Request) -> tuple[bytes, Encoded]:
         return name, _encode_named((args, kwargs, method), request)
     if not args and not kwargs:
         return name, _EMPTY
-    if kwargs or not _is_plain(args):
+    if not _is_plain(args) or (kwargs and not _is_plain(kwargs)):
         return name, _encode_named((args, kwargs), request)
     plain = pickle.dumps((args, kwargs), 5)  # what `encode` would make of it, sooner
     return name, Encoded((plain,), len(plain), Format.PICKLE)
@@ -284,7 +323,7 @@ def encode_call(request: Request) -> tuple[bytes, Encoded]:
 
 def _encode_named(body: tuple[Any, ...], request: Request) -> Encoded:
     try:
-        return encode(body)
+        return _encode_other(body)
     except SerializationError:
         names = ("args", "kwargs", "method")
         for name, part in zip(names, body, strict=False):
