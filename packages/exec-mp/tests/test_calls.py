@@ -315,6 +315,28 @@ def test_time_out_names_who_is_missing() -> None:
     assert ("load", 2.5, (1,), (0, 2)) == (error.method, error.timeout_s, error.answered_ranks, error.pending_ranks)
 
 
+@pytest.mark.parametrize(
+    ("acks", "pending"),
+    [
+        pytest.param((), (0, 2), id="nothing newer"),
+        pytest.param((0, 0, 0, 0), (0, 2), id="nobody else"),
+        pytest.param((1, 1, 0, 1), (2,), id="one more"),
+        pytest.param((1, 1, 1, 1), (0, 2), id="all, which who reads will find"),
+    ],
+)
+def test_time_out_knows_what_nobody_was_told(acks: tuple[int, ...], pending: tuple[int, ...]) -> None:
+    """Who reads what ranks have acknowledged may be late, while another thread says that the time is over."""
+    calls = Calls(4, 4)
+    entry = opened(calls, call((0, 1, 2), deadline=1.0))
+    calls.value(1, entry.id, None)
+    assert 1 == entry.id
+    assert calls.settle(entry, acks)
+
+    assert isinstance(entry.error, RpcTimeoutError)
+    assert pending == entry.error.pending_ranks
+    assert [0, 2] == calls.owing(entry)  # what they have answered is still to be told
+
+
 def test_late_reply_is_dropped() -> None:
     """A reply after the time-out reaches nobody; the call keeps its place until all have answered, which is told as late."""
     calls = Calls(4, 4)

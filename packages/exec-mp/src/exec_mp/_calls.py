@@ -269,11 +269,17 @@ class Calls:
         if not entry.finished:
             self._finish(entry, error)
 
-    def settle(self, entry: Entry) -> bool:
-        """Finishes an overdue call with its held-back error, or as timed out. False when it is finished already."""
+    def settle(self, entry: Entry, acks: Sequence[int] = ()) -> bool:
+        """Finishes an overdue call with its held-back error, or as timed out. False when it is finished already.
+
+        Args:
+            acks: newer ones than `acknowledge` has been told, for the error alone: who reads them may not have come to that.
+        """
         if entry.finished:
             return False
         pending = self.owing(entry)
+        if acks:  # had all answered, it would not be late for long
+            pending = [rank for rank in pending if acks[rank] < entry.id] or pending
         if entry.failures:
             error = first_failure(entry.failures)
             error.add_note(f"ranks {pending} are still inside {entry.name!r}")

@@ -260,6 +260,10 @@ class DriverChannel:
         """By rank: the id of the call up to which it has answered."""
         return self._by_rank.unpack_from(words[0])
 
+    def newest_acks(self) -> tuple[int, ...]:
+        """`acks`, whether or not who reads has come to them."""
+        return self._by_rank.unpack_from(self.glance())
+
     def replies(self, words: Words) -> list[tuple[int, int]]:
         """Rank and number of each reply in a ring that has not been consumed."""
         if words[1] == self._taken:

@@ -305,8 +305,11 @@ class ProcessGroup:
         now = monotonic()
         with self._lock:
             final = [entry for entry in entries if not self._waits_for_death(entry, now)]
-            settled = [entry for entry in final if self._calls.settle(entry)]
-            pending = {rank for entry in settled if not entry.failures for rank in self._calls.owing(entry)}
+            # The channel is there as long as a call is not finished.
+            acks = () if all(entry.finished for entry in final) else self._channel.newest_acks()
+            settled = [entry for entry in final if self._calls.settle(entry, acks)]
+            errors = [entry.error for entry in settled if not entry.failures]
+            pending = {rank for error in errors if isinstance(error, RpcTimeoutError) for rank in error.pending_ranks}
         pids = {rank: self._pids[rank] for rank in pending & self._processes.alive}
         nobody_waits = all(entry.future is not None for entry in settled)
         if pids and nobody_waits and self._receiver.is_current_thread():  # which has deaths to look out for

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from common import RANK, config, outcome, record
 
 import exec_core as ec
-import exec_torchrun.executor
+from exec_core import devices
 from exec_core.testing import workers
 
 
@@ -56,7 +56,7 @@ record(other_world=outcome(ec.create_executor, config(workers.EchoWorker, tp=2))
 dist.destroy_process_group()
 
 # Too few devices: for all ranks, or for the second one only, which alone can know.
-exec_torchrun.executor.devices.count_in_this_process = lambda: 1
+devices.count_in_this_process = lambda: 1
 cuda = ec.DeviceConfig(device="cuda")
 record(too_few=outcome(ec.create_executor, config(workers.EchoWorker, tp=2, device=cuda)))
 del os.environ["LOCAL_WORLD_SIZE"]
