@@ -169,8 +169,9 @@ def test_worker_takes_over_the_drivers_state_of_now(
     assert [("now", str(tmp_path), "only_here", 0o027)] == executor.collective_rpc(state)
 
 
-def test_worker_has_its_own_random_numbers(launch: Launch) -> None:
-    """Workers do not share the server's random state: not with each other, not from one start to the next."""
+@pytest.mark.parametrize("preload", ["numpy", "numpy.random"])
+def test_worker_has_its_own_random_numbers(launch: Launch, fresh: Path, preload: str) -> None:
+    """Workers do not share the server's random state, if it has one: not with each other, not from one start to the next."""
 
     def numbers(worker: Any) -> tuple[float, float]:
         import random
@@ -180,11 +181,60 @@ def test_worker_has_its_own_random_numbers(launch: Launch) -> None:
     drawn = [
         number
         for _ in range(2)
-        for pair in launch(2, rpc={"preload": ("numpy",)}).collective_rpc(numbers)
+        for pair in launch(2, rpc={"preload": (preload,)}).collective_rpc(numbers)
         for number in pair
     ]
 
     assert 8 == len(set(drawn))
+
+
+def test_worker_imports_nothing_of_numpy_that_it_does_not_use(launch: Launch, fresh: Path) -> None:
+    """Its random numbers are a dozen modules, which every worker would import for itself."""
+    executor = launch(1, rpc={"preload": ("numpy",)})
+
+    present = executor.collective_rpc(lambda worker: sys.modules.keys() & {"numpy", "numpy.random"})
+    assert [{"numpy"}] == present
+
+
+@pytest.mark.parametrize("chosen", [None, "glibc.malloc.perturb=85"])
+def test_worker_does_not_see_how_the_server_allocates(
+    launch: Launch, fresh: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """The server's setting of malloc is its own, gives way to the driver's, and is no variable of a worker or of what it starts."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", chosen)
+    executor = launch(1)
+    (server,) = servers()
+
+    assert [chosen] == executor.collective_rpc(lambda worker: os.environ.get("GLIBC_TUNABLES"))
+    environ = Path(f"/proc/{server}/environ").read_text(encoding="utf-8").split("\0")
+    assert f"GLIBC_TUNABLES={chosen or 'glibc.malloc.hugetlb=1'}" in environ
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_worker_runs_exit_functions_but_not_those_of_torch(launch: Launch, tmp_path: Path, method: str) -> None:
+    """What a worker has registered runs when it leaves; taking torch's operators apart would only copy memory."""
+
+    def register(worker: Any) -> None:
+        import atexit
+        import weakref
+
+        import torch
+
+        def taken_apart(*args: Any) -> None:
+            (tmp_path / "torch").touch()
+
+        taken_apart.__module__ = torch.library.__name__
+        weakref.finalize(torch, (tmp_path / "finalizer").touch)
+        weakref.finalize(torch, taken_apart)
+        atexit.register((tmp_path / "function").touch)
+
+    executor = launch(1, rpc={"start_method": method})
+    executor.collective_rpc(register)
+    executor.shutdown()
+
+    assert ["finalizer", "function"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_worker_has_only_its_own_descriptors(launch: Launch) -> None:

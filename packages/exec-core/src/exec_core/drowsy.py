@@ -39,5 +39,5 @@ def doze() -> None:
             with open(f"/proc/self/task/{thread}/comm", encoding="utf-8") as file:
                 name = file.read().strip()
             if name == _GLOO:
-                with open(f"/proc/{thread}/timerslack_ns", "w", encoding="ascii") as file:
+                with open(f"/proc/{thread}/timerslack_ns", "w", encoding="utf-8") as file:
                     file.write(str(_DOZE_NS))

@@ -18,6 +18,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 from exec_core import messages
@@ -181,13 +182,27 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
     outputs.close()
 
 
+def _run_exit_functions() -> None:
+    """Runs what an interpreter runs at its end: this process leaves by os._exit.
+
+    All but torch's: it would take its operators apart, one by one, and with that copy a hundred megabytes for four workers.
+    """
+    with contextlib.suppress(Exception):
+        for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined] # noqa: SLF001 # no other list
+            alive = finalizer.peek()
+            if alive is not None and alive[1].__module__ == "torch.library":
+                finalizer.atexit = False
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()  # noqa: SLF001 # there is no public way
+
+
 def main(geometry: Geometry, rank: int, threads: int | None, max_message_bytes: int | None) -> None:
     """Entry of a worker process, with its descriptors in place."""
     faulthandler.enable(all_threads=False)  # as for stack reports: other threads may be running
     random.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()  # the fork server's state would be every worker's
+    numpy_random = sys.modules.get("numpy.random")  # numpy imports it when it is used, which takes 10 ms and more
+    if numpy_random is not None:
+        numpy_random.seed()  # the fork server's state would be every worker's
     if threads is not None:
         set_threads(threads)
     channel = WorkerChannel(CHANNEL_FD, geometry, rank, BELL_FD, DRIVER_BELL_FD)
@@ -197,5 +212,4 @@ def main(geometry: Geometry, rank: int, threads: int | None, max_message_bytes: 
     # Whatever this raises, the channel is broken and the driver must see the process end: no clean-up that may hang.
     serve(channel, wrapper, replier)
     wrapper.shutdown()
-    with contextlib.suppress(Exception):
-        atexit._run_exitfuncs()  # noqa: SLF001 # what an interpreter runs at its end; this process leaves by os._exit
+    _run_exit_functions()
