@@ -5,7 +5,6 @@ A bad value raises `ConfigError` naming field, rule and value. Nothing here impo
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -342,6 +341,8 @@ def _known_keys(cls: type[Any], mapping: object, where: str) -> Mapping[str, Any
     known = [a.name for a in attrs.fields(cls)]
     for key in mapping:
         if key not in known:
+            import difflib  # for an error only
+
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise ConfigError(where, "has no such key", key, remedy=f"did you mean {near[0]!r}?")
     return mapping

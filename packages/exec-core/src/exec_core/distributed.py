@@ -7,7 +7,6 @@ host program made is never replaced or destroyed.
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 import threading
@@ -17,7 +16,6 @@ from typing import Any, Literal
 
 import attrs
 
-from exec_core import stores
 from exec_core.drowsy import drowsy_threads
 from exec_core.errors import ConfigError, ExecutorError
 
@@ -31,8 +29,6 @@ _SPARING = {
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
-
-_MOMENT = datetime.timedelta(milliseconds=1)  # as a limit of a store that nobody is at any more
 
 _lock = threading.Lock()
 _users = 0  # memberships that rest on a default group made here; guarded by _lock
@@ -170,6 +166,8 @@ class Membership:
         """Destroys what `join` made. Twice is fine; the host's own groups stay."""
         import torch.distributed as dist
 
+        from exec_core import stores
+
         global _users, _store
         owned, self._owned = [*self._owned, *self._alone.forget()], []
         abortable, self._abortable = [*self._abortable], ()
@@ -183,8 +181,7 @@ class Membership:
                 elif dist.is_initialized():
                     dist.destroy_process_group(group)
             if last and _store is not None:
-                # NCCL's watchdog may yet have to write there of an abort; a file that is gone it would seek for minutes.
-                _store.set_timeout(_MOMENT)
+                stores.give_up(_store)
                 _store = None
 
 
@@ -283,7 +280,11 @@ def _host_spared(world: World) -> Iterator[None]:
 
 def _init_default(world: World) -> Any:
     """Makes the default group. Returns the store where it has met; None: torch's own rendezvous has made one."""
+    import datetime
+
     import torch.distributed as dist
+
+    from exec_core import stores  # what it imports takes as long as the rest of this package, and not all need it
 
     options: dict[str, Any] = {"world_size": world.world_size, "rank": world.rank}
     if world.timeout_s is not None:

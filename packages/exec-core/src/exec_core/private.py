@@ -8,13 +8,12 @@ what is there already is used only if it is a directory of this user's alone.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 
 
 def choose_root(name: str) -> str:
     """A path that nobody else has, beginning with ``name``. Nothing is made."""
-    import tempfile  # takes longer to import than most of this package
+    import tempfile  # takes longer to import than any module of this package
 
     try:
         directory = tempfile.gettempdir()
@@ -40,4 +39,6 @@ def make(path: str) -> None:
 
 def sweep(path: str) -> None:
     """Removes a directory and what is in it, if it is there."""
+    import shutil  # `tempfile` has it, where a root was chosen
+
     shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from exec_core.errors import ExecutorError
 
+_MOMENT = datetime.timedelta(milliseconds=1)
 _LOOK_EVERY_S = 0.001
 _CONNECT_EVERY_S = 0.02
 
@@ -102,3 +103,11 @@ def _within(make: Callable[[], Any], deadline: float, otherwise: str) -> Any:
     if wait([made], max(0.0, deadline - time.monotonic())).not_done:
         raise ExecutorError(otherwise)
     return made.result()
+
+
+def give_up(store: Any) -> None:
+    """Nobody is to wait at ``store`` any more.
+
+    NCCL's watchdog may yet have to write there of an abort; a file that is gone it would seek for minutes.
+    """
+    store.set_timeout(_MOMENT)
