@@ -60,14 +60,13 @@ class InProcessGroup:
         self._inline = InlineWorker(self._wrapper)
 
     def run(self, call: Call) -> Any:
-        inline = self._inline
-        inline.check_not_inside(call)
         if not call.ranks:
             return call.result([])
-        now = inline.run_now(call)
+        now = self._inline.run_now(call)
         return self._run_in_turn(call) if now is None else self._outcome(call, now)
 
     def _run_in_turn(self, call: Call) -> Any:
+        self._inline.check_not_inside(call)
         job = Job(call)
         try:
             self._inline.enqueue(job)
