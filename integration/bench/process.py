@@ -28,9 +28,10 @@ _QUIET_CORES, _LOOK_S, _SETTLE_S = 0.05, 0.1, 3.0
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """For a program that imports `bench`."""
+    """For a program that imports `bench`, and keeps what it compiles: as installed by pip, packages are compiled."""
     path = os.pathsep.join([str(INTEGRATION), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, **(extra or {})}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": path, **(extra or {})}
 
 
 class PeerProcess:
