@@ -92,8 +92,8 @@ if pid := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 try:
     ec.create_executor(ec.ExecutorConfig(worker_cls="exec_core.testing.workers:EchoWorker", backend="uniproc"))
-except ec.DeviceError as error:
-    print(error, flush=True)
+except Exception as error:
+    print(repr(error), flush=True)
 os._exit(0)
 """
 
@@ -101,9 +101,9 @@ os._exit(0)
 def test_forked_driver_is_refused_a_worker_in_its_process() -> None:
     """CUDA does not work there, and ``auto`` is not the CPU for that."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=120, check=False
     )
-    assert "was forked from one that had" in done.stdout
+    assert "was forked from one that had" in done.stdout, done.stderr
 
 
 PROGRAM = """

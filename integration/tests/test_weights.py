@@ -144,7 +144,7 @@ def push(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[st
     ids=lambda value: str(value[1][0]) if isinstance(value, tuple) else "",
 )  # fmt: skip
 @pytest.mark.parametrize("hparams", ["tied"], indirect=True)
-@pytest.mark.parametrize("pair", ["pp2"], indirect=True)
+@pytest.mark.parametrize("pair", [pytest.param("pp2", marks=pytest.mark.cuda_devices(2))], indirect=True)
 def test_what_does_not_fit_is_refused(pair: Pair, call: tuple[str, tuple[Any, ...]], words: str) -> None:
     """A level, tag, name, shape or type that cannot be: an error that names it, and what was expected; nothing has changed.
 

@@ -50,17 +50,13 @@ def count_in_this_process() -> int:
         return 0
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call] # it says why not
-    except Exception as error:
-        if "fork" in str(error):
-            raise DeviceError(
-                "this process cannot use CUDA, since it was forked from one that had", 1, 0, None,
-                "start it with the method 'spawn', or use backend 'mp': its workers are not forked from this process",
-            ) from error  # fmt: skip
-    return 0
+    # Asked first: there torch may go on telling the number that it knew before the fork.
+    if torch.cuda._is_in_bad_fork():  # noqa: SLF001 # else only a failure would say so, and not before the worker's
+        raise DeviceError(
+            "this process cannot use CUDA, since it was forked from one that had", 1, 0, None,
+            "start it with the method 'spawn', or use backend 'mp': its workers are not forked from this process",
+        )  # fmt: skip
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @attrs.frozen
