@@ -166,8 +166,6 @@ class Membership:
         """Destroys what `join` made. Twice is fine; the host's own groups stay."""
         import torch.distributed as dist
 
-        from exec_core import stores
-
         global _users, _store
         owned, self._owned = [*self._owned, *self._alone.forget()], []
         abortable, self._abortable = [*self._abortable], ()
@@ -181,6 +179,8 @@ class Membership:
                 elif dist.is_initialized():
                     dist.destroy_process_group(group)
             if last and _store is not None:
+                from exec_core import stores  # there since the store was made
+
                 stores.give_up(_store)
                 _store = None
 

@@ -190,7 +190,7 @@ def _run_exit_functions() -> None:
     with contextlib.suppress(Exception):
         for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined] # noqa: SLF001 # no other list
             alive = finalizer.peek()
-            if alive is not None and alive[1].__module__ == "torch.library":
+            if alive is not None and getattr(alive[1], "__module__", None) == "torch.library":
                 finalizer.atexit = False
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()  # noqa: SLF001 # there is no public way
