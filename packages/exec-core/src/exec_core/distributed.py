@@ -284,7 +284,7 @@ def _init_default(world: World) -> Any:
 
     import torch.distributed as dist
 
-    from exec_core import stores  # what it imports takes as long as the rest of this package, and not all need it
+    from exec_core import stores  # not everybody joins a world, and it imports sockets and more
 
     options: dict[str, Any] = {"world_size": world.world_size, "rank": world.rank}
     if world.timeout_s is not None:

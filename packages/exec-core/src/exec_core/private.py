@@ -13,7 +13,7 @@ import stat
 
 def choose_root(name: str) -> str:
     """A path that nobody else has, beginning with ``name``. Nothing is made."""
-    import tempfile  # takes longer to import than any module of this package
+    import tempfile  # takes longer to import than most of this package
 
     try:
         directory = tempfile.gettempdir()

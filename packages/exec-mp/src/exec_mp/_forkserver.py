@@ -293,7 +293,7 @@ def main(main_fd: int, driver_pidfd: int) -> NoReturn:
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # workers may write to the driver's terminal
         signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # in a worker too, until it can answer
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        for module in ("exec_mp._worker_main", "exec_core.stores"):  # what every worker needs
+        for module in ("exec_mp._worker_main", "exec_core.stores"):  # what workers need
             importlib.import_module(module)
         _Server(socket.socket(fileno=main_fd), driver_pidfd).serve()
         code = 0

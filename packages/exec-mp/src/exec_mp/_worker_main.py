@@ -185,7 +185,7 @@ def serve(channel: WorkerChannel, wrapper: WorkerWrapper, replier: Replier) -> N
 def _run_exit_functions() -> None:
     """Runs what an interpreter runs at its end: this process leaves by os._exit.
 
-    All but torch's: it would take its operators apart, one by one, and with that copy a hundred megabytes for four workers.
+    All but torch's: it would take its operators apart, one by one, which copies much of what a worker shares with the others.
     """
     with contextlib.suppress(Exception):
         for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined] # noqa: SLF001 # no other list
