@@ -5,8 +5,10 @@
     leave(job)       by a caller that Ctrl-C has interrupted, wherever in the two above
     (otherwise)      by one thread of our own, started for the first job that needs it
 
-The turn is handed on by whoever finishes the job before, so the lock is held for a few instructions and never while a
-worker method runs. What must not be cut in two by a signal stands between two calls: there none comes in.
+The turn is taken by `dict.setdefault`, one step and no lock. Whoever gives it up looks then whether a job waits, and
+whoever has put a job into the queue looks then whether the turn is free: one of the two sees the other. The lock orders
+those who wait, and is never held while a worker method runs. What must not be cut in two by a signal stands between two
+calls, where none comes in, or may be done twice.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
+from time import monotonic
 
 import attrs
 
@@ -27,6 +31,7 @@ from exec_core.worker import as_async_output
 from exec_core.wrapper import WorkerWrapper, select_device, settle
 
 _SERVING = "exec-inline"  # name of the thread that runs jobs without a blocking caller
+_HOLDER = "holder"  # the only key of `InlineWorker._turn`
 
 
 @attrs.define(eq=False)
@@ -57,28 +62,34 @@ class InlineWorker:
 
     def __init__(self, wrapper: WorkerWrapper) -> None:
         self._wrapper = wrapper
-        self._lock = threading.Lock()  # guards the four below
-        self._waiting: deque[Job] = deque()  # jobs whose turn has not come, in order
-        self._turn: object = None  # whose turn it is: a job, or the request of `run_now`
+        self._turn: dict[str, object] = {}  # its holder, if it is taken: a job, or the request of `run_now`
+        self._lock = threading.Lock()  # guards the three below
+        self._waiting: deque[Job] = deque()  # jobs whose turn has not come, in order; looked at without it, too
         self._threads: dict[str, threading.Thread] = {}  # by name; written without it too, by single steps
-        self._closed = False
-        self._runner: int | None = None  # thread inside a worker method; written by that thread
-        self._current: tuple[Request, float] | None = None  # what it runs and since when; likewise
+        self._closed = False  # set before the turn is looked at, and looked at after the turn is taken
+        self._current: tuple[Request, float, int] | None = (
+            None  # what runs, since when, on which thread, which writes it
+        )
         self._turns: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # jobs whose turn it is, for the thread
         self._unsettled: queue.SimpleQueue[tuple[Job, Reply] | None] = queue.SimpleQueue()
 
     @property
     def current(self) -> tuple[Request, float] | None:
         """What runs now, and since when on the monotonic clock."""
-        return self._current
+        current = self._current
+        return None if current is None else current[:2]
 
     def check_not_inside(self, request: Request) -> None:
         """Refuses a blocking call from inside a worker method, which would wait for itself."""
-        if self._runner is not None and self._runner == threading.get_ident():
+        if self._is_inside():
             method = request.name
             raise ExecutorError(
                 f"{method!r} was called from inside a worker method of the same executor: it would never return"
             )
+
+    def _is_inside(self) -> bool:
+        current = self._current
+        return current is not None and current[2] == get_ident()
 
     def enqueue(self, job: Job) -> None:
         """Takes the next place in the queue. With ``done`` our thread runs it; without, the caller must `run` or `leave` it."""
@@ -91,27 +102,37 @@ class InlineWorker:
                 return
             if job.done is not None:
                 self._start_thread(_SERVING, self._serve)
-            if self._turn is not None:
+            waits = bool(self._waiting) or self._turn.setdefault(_HOLDER, job) is not job
+            if waits:
                 if job.done is None:
                     job.turn = threading.Lock()
                     job.turn.acquire()
                 self._waiting.append(job)
-                return
-            self._turn = job
-        if job.done is not None:
+        if waits:
+            self._give_turn()
+        elif job.done is not None:
             job.given = True
             self._turns.put(job)
 
     def run_now(self, request: Request) -> Reply | None:
         """Runs ``request`` on the calling thread if nothing else runs or waits; else None."""
         try:
-            with self._lock:
-                if self._turn is not None or self._closed:
-                    return None
-                self._turn = request
-            reply = self._execute(request)
-            self._hand_on(request)
+            if self._turn.setdefault(_HOLDER, request) is not request:
+                return None
+            if self._waiting or self._closed:
+                self._hand_on(request)
+                return None
+            self._current = request, monotonic(), get_ident()
+            reply = self._wrapper.execute(request)
+            if reply.error is not None:
+                reply = self._checked(request, reply)
+            self._current = None
+            del self._turn[_HOLDER]
+            if self._waiting:
+                self._give_turn()
         except BaseException:
+            if self._turn.get(_HOLDER) is request:
+                self._current = None
             self._hand_on(request)
             raise
         return reply if reply.value is None else self._settled(request, reply)
@@ -126,9 +147,7 @@ class InlineWorker:
             return self._serve_until(job, job.replies)
         turn = job.turn
         if turn is not None:
-            remaining = (
-                -1 if deadline == float("inf") else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-            )
+            remaining = -1 if deadline == float("inf") else min(max(0.0, deadline - monotonic()), threading.TIMEOUT_MAX)
             if not turn.acquire(timeout=remaining):
                 with self._lock:
                     if job in self._waiting:
@@ -154,24 +173,26 @@ class InlineWorker:
         A job that has not begun is left to our thread, as in `run`. False for one that has never been in the queue.
         """
         with self._lock:
-            if job in self._waiting:
+            waits = job in self._waiting
+            if waits:
                 self._leave_waiting(job, late)
-                return True
-            if self._turn is job and not job.begun and not job.given:
+            elif self._turn.get(_HOLDER) is job and not job.begun and not job.given:
                 job.done = job.done or late
                 self._start_thread(_SERVING, self._serve)
                 job.given = True
                 self._turns.put(job)
         if job.begun:
             self._hand_on(job)
-        return job.begun or job.given
+        else:
+            self._give_turn()
+        return waits or job.begun or job.given
 
     def _execute(self, request: Request) -> Reply:
         try:
-            self._runner, self._current = threading.get_ident(), (request, time.monotonic())
+            self._current = request, monotonic(), get_ident()
             reply = self._wrapper.execute(request)
         finally:
-            self._runner = self._current = None
+            self._current = None
         return reply if reply.error is None else self._checked(request, reply)
 
     def _checked(self, request: Request, reply: Reply) -> Reply:
@@ -199,17 +220,20 @@ class InlineWorker:
             return self._checked(request, Reply.of_error(error))
 
     def _hand_on(self, turn: object) -> None:
-        """Gives the turn, if ``turn`` still has it, to the next job."""
+        """Gives up the turn, if ``turn`` still has it, and gives it to the next job. Twice is fine."""
+        if self._turn.get(_HOLDER) is turn:
+            del self._turn[_HOLDER]
+        if self._waiting:
+            self._give_turn()
+
+    def _give_turn(self) -> None:
+        """Gives the turn to the next job, if it is free and one waits. Twice is fine."""
         job = None
         try:
             with self._lock:
-                if self._turn is not turn:
-                    return
-                if not self._waiting:
-                    self._turn = None
-                    return
-                self._turn = job = self._waiting[0]
-                del self._waiting[0]
+                if self._waiting and self._turn.setdefault(_HOLDER, self._waiting[0]) is self._waiting[0]:
+                    job = self._waiting[0]
+                    del self._waiting[0]
         finally:
             if job is not None:
                 if job.done is not None:
@@ -280,6 +304,7 @@ class InlineWorker:
             self._waiting.clear()
         for job in dropped:
             job.dropped = True
+            self._hand_on(job)  # which it has where Ctrl-C has cut `_give_turn` short
             if job.turn is not None:
                 job.turn.release()
 
@@ -290,7 +315,7 @@ class InlineWorker:
         self._unsettled.put(None)
         for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
-                thread.join(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
-        while self._turn is not None and self._runner != threading.get_ident() and time.monotonic() < deadline:
+                thread.join(None if deadline == float("inf") else max(0.0, deadline - monotonic()))
+        while self._turn and not self._is_inside() and monotonic() < deadline:
             time.sleep(0.001)  # another thread's blocking call; nothing signals its end to a closer
-        return self._turn is None
+        return not self._turn
