@@ -14,11 +14,11 @@ import itertools
 import math
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
+from time import monotonic
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
 
 from exec_core import private
 from exec_core.asynchronous import Room, awaited
@@ -29,6 +29,9 @@ from exec_core.group import WorkerGroup, WorkerInfo
 from exec_core.lifecycle import Lifecycle, State
 from exec_core.messages import NO_KWARGS, method_name
 from exec_core.startup import Phases, died
+
+if TYPE_CHECKING:
+    from exec_core.execution_loop import ExecutionLoop
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int, int, str], None]
@@ -54,6 +57,7 @@ class BaseExecutor(abc.ABC):
 
     backend: ClassVar[str] = ""
     _call_type: ClassVar[type[Call]] = Call  # what its `WorkerGroup` takes
+    _loop: ExecutionLoop  # of this generation
 
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
         self._config = config
@@ -71,6 +75,7 @@ class BaseExecutor(abc.ABC):
         self._timeout_s = config.rpc.timeout_s
         self._private_root = ""  # of this generation; swept by its group when all workers have ended
         self._room = Room()
+        self._reset()
         self._log = self._logger()
         _live.add(self)
         self._start(told=True)
@@ -133,7 +138,7 @@ class BaseExecutor(abc.ABC):
             self._started.set()
 
     def _run_start(self, told: bool) -> None:
-        started = time.monotonic()
+        started = monotonic()
         self._private_root = private.choose_root(f"{self._name}-{self.generation}")
         self._log.info("executor starting", world_size=self.world_size)
         try:
@@ -149,7 +154,7 @@ class BaseExecutor(abc.ABC):
             if shut_down:
                 raise ExecutorClosedError("shut down while it was starting") from error
             raise
-        self._log.info("executor ready", duration_ms=round((time.monotonic() - started) * 1e3, 1))
+        self._log.info("executor ready", duration_ms=round((monotonic() - started) * 1e3, 1))
 
     def _clean_up_start(self, error: BaseException, told: bool) -> None:
         self._log.error("executor did not start", exception=_text(error))
@@ -208,16 +213,16 @@ class BaseExecutor(abc.ABC):
         with self._closing:
             self._close()
         if self._starter != threading.get_ident():  # else it is a callback of the start itself that closes
-            self._started.wait(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+            self._started.wait(None if deadline == math.inf else max(0.0, deadline - monotonic()))
 
     def _close(self) -> None:
         if self.state is State.CLOSED:
             return
-        started = time.monotonic()
+        started = monotonic()
         self._teardown(ExecutorClosedError("the executor was shut down"))
         self._lifecycle.move(State.CLOSED)
         _live.discard(self)
-        self._log.info("executor closed", duration_ms=round((time.monotonic() - started) * 1e3, 1))
+        self._log.info("executor closed", duration_ms=round((monotonic() - started) * 1e3, 1))
 
     def __enter__(self) -> Self:
         return self
@@ -244,11 +249,9 @@ class BaseExecutor(abc.ABC):
         self._reset()
         self._start(told)
 
-    def _reset(self) -> None:  # noqa: B027 # optional: not every subclass keeps anything
-        """For subclasses: what they know of the workers of the last generation is void."""
-
-    def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:  # noqa: B027 # likewise
-        """For subclasses: raises when ``ranks`` cannot take ``method`` now."""
+    @abc.abstractmethod
+    def _reset(self) -> None:
+        """`Executor`'s: makes the loop, and forgets what it knows of the workers of the last generation."""
 
     def register_failure_callback(self, fn: Callable[[BaseException], object]) -> None:
         """``fn(error)`` runs once for a failure, on a thread of its own, after all pending calls have failed.
@@ -368,13 +371,14 @@ class BaseExecutor(abc.ABC):
             raise TypeError(f"method must be a name or a callable, not {type(method).__name__}")
         runs = self._all_ranks if ranks is None else chosen_ranks("ranks", ranks, self._all_ranks)
         replies = runs if reply_ranks is None else chosen_ranks("reply_ranks", reply_ranks, runs)
-        self._check_ranks(method, runs)
+        if self._loop.running:
+            self._loop.refuse(method_name(method), runs)
         if max_concurrent_workers is not None:
             check_count("max_concurrent_workers", max_concurrent_workers)
         timeout_s = self._timeout_s if timeout is None else checked_timeout(timeout)
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        deadline = math.inf if timeout_s is None else monotonic() + timeout_s
         return self._call_type(
-            method, tuple(args), dict(kwargs) if kwargs else NO_KWARGS, bool(replies),
+            method, tuple(args), dict(kwargs) if kwargs else NO_KWARGS, replies != (),
             runs, replies, timeout_s, deadline, max_concurrent_workers, aggregate,
         )  # fmt: skip
 

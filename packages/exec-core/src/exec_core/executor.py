@@ -15,7 +15,7 @@ from exec_core.config import ExecutorConfig
 from exec_core.errors import ConfigError, RpcTimeoutError, WorldJoinError
 from exec_core.execution_loop import ExecutionLoop
 from exec_core.lifecycle import State
-from exec_core.messages import NO_KWARGS, method_name
+from exec_core.messages import NO_KWARGS
 from exec_core.worker import ReconfigureDistributedRequest
 
 T = TypeVar("T")
@@ -32,7 +32,6 @@ class Executor(BaseExecutor):
     uses_ray: ClassVar[bool] = False
 
     def __init__(self, config: ExecutorConfig, *, on_progress: OnProgress | None = None) -> None:
-        self._reset()
         limit = config.rpc.execute_model_timeout_s
         self._step_timeout_s = None if limit is None else checked_timeout(limit)
         super().__init__(config, on_progress=on_progress)
@@ -41,10 +40,6 @@ class Executor(BaseExecutor):
     def _reset(self) -> None:
         self._asleep: frozenset[str] = frozenset()  # tags that workers have given up the memory of
         self._loop = ExecutionLoop(self)
-
-    def _check_ranks(self, method: str | Callable[..., Any], ranks: tuple[int, ...]) -> None:
-        if self._loop.running:
-            self._loop.refuse(method_name(method), ranks)
 
     @staticmethod
     def get_class(config: ExecutorConfig) -> type[Executor]:
@@ -98,7 +93,8 @@ class Executor(BaseExecutor):
             return self._new_call(method, timeout, (request,), None, ranks, self._output_ranks, aggregate=_only)
         # Of every step: nothing of it is the caller's choice, so nothing needs to be checked.
         ranks, deadline = self._all_ranks, math.inf if limit is None else monotonic() + limit
-        self._check_ranks(method, ranks)
+        if self._loop.running:
+            self._loop.refuse(method, ranks)
         return self._call_type(
             method, (request,), NO_KWARGS, True, ranks, self._output_ranks, limit, deadline, None, _only
         )

@@ -102,7 +102,7 @@ class WorkerWrapper:
             function = getattr(self.worker, method, None) if isinstance(method, str) and method not in _OWN else None
             if function is None:
                 function = self._resolve(method)
-            value = function(*args, **kwargs) if kwargs else function(*args)
+            value = function(*args, **kwargs) if kwargs else function(*args) if args else function()
             return DONE if value is None else Reply(value)
         except BaseException as error:
             return Reply.of_error(error)
