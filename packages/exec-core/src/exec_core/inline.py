@@ -67,9 +67,7 @@ class InlineWorker:
         self._waiting: deque[Job] = deque()  # jobs whose turn has not come, in order; looked at without it, too
         self._threads: dict[str, threading.Thread] = {}  # by name; written without it too, by single steps
         self._closed = False  # set before the turn is looked at, and looked at after the turn is taken
-        self._current: tuple[Request, float, int] | None = (
-            None  # what runs, since when, on which thread, which writes it
-        )
+        self._current: tuple[Request, float, int] | None = None  # what runs, since when, in which thread
         self._turns: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # jobs whose turn it is, for the thread
         self._unsettled: queue.SimpleQueue[tuple[Job, Reply] | None] = queue.SimpleQueue()
 
