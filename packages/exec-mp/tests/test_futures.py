@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,94 @@ def test_large_results_are_received_in_the_background(launch: Launch) -> None:
     assert ["exec-mp"] == where
 
 
+# Answered while it is submitted
+
+
+@pytest.fixture(params=["main thread", "another"])
+def run_on(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Runs a function there."""
+    if request.param == "main thread":
+        yield lambda function: function()
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="submitter") as pool:
+        yield lambda function: pool.submit(function).result(30.0)
+
+
+def _wait_when_sent(executor: ec.Executor, monkeypatch: pytest.MonkeyPatch, then: Callable[[Any], object]) -> None:
+    """From now on ``then(call)`` comes between sending a call and looking for its answer."""
+    group: Any = executor._group
+    send = group._send
+
+    def patient(call: Any, wait: bool) -> None:
+        send(call, wait)
+        then(call)
+
+    monkeypatch.setattr(group, "_send", patient)
+
+
+def _is_answered(executor: ec.Executor, call: Any) -> bool:
+    channel: Any = executor._group._channel  # type: ignore[union-attr] # ours
+    words = channel.words(channel.glance())
+    acks, replies = channel.acks(words), {rank for rank, _ in channel.replies(words)}
+    return call.finished or all(acks[rank] >= call.id or rank in replies for rank in call.ranks)
+
+
+OUTCOMES: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({"method": "check_health"}, "[None, None]"),
+    "values": ({"method": "where", "args": (1,)}, "[(0, 1), (1, 1)]"),
+    "one rank": ({"method": "where", "args": (1,), "ranks": [1]}, "[(1, 1)]"),
+    "no value": ({"method": "where", "args": (1,), "reply_ranks": []}, "[]"),
+    "aggregate": ({"method": "where", "args": (1,), "aggregate": len}, "2"),
+    "an error": ({"method": lambda worker: 1 // 0}, "ZeroDivisionError: integer division or modulo by zero"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTCOMES)
+def test_answered_at_once(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, run_on: Callable[[Callable[[], Any]], Any], kind: str
+) -> None:
+    """A call that is answered while it is being submitted has its outcome when its future is returned."""
+    executor = launch(2)
+    call, wanted = OUTCOMES[kind]
+    executor.collective_rpc("check_health")
+    _wait_when_sent(executor, monkeypatch, lambda call: eventually(lambda: _is_answered(executor, call)))
+
+    for _ in range(5):
+        future, at_once = run_on(lambda: ((future := executor.collective_rpc(**call, non_block=True)), future.done()))
+        assert at_once or kind == "an error"  # which may wait for news of a death that has led to it
+        assert wanted == _outcome(future)
+        told: list[str] = []
+        future.add_done_callback(lambda future, told=told: told.append(_outcome(future)))
+        assert ({future}, set()) == concurrent.futures.wait([future], timeout=0)
+        assert [True, False, False] == [future.done(), future.running(), future.cancel()]
+        assert [wanted] == told
+
+
+def test_submitting_runs_nobody_elses_callbacks(launch: Launch) -> None:
+    """Who submits may hold what a callback waits for."""
+    executor = launch(2)
+    mine, stuck = threading.Lock(), []
+
+    def callback(_: Future[Any]) -> None:
+        if mine.acquire(timeout=5):
+            mine.release()
+        else:
+            stuck.append(threading.current_thread().name)
+
+    def submit_again_and_again() -> None:
+        for number in range(150):
+            first = executor.collective_rpc(faults.nap, args=(0.0005 * (number % 4),), non_block=True)
+            first.add_done_callback(callback)
+            with mine:
+                following = [executor.collective_rpc("where", args=(number,), non_block=True) for _ in range(3)]
+            assert [[(0, number), (1, number)]] * 3 == [future.result(30.0) for future in following]
+
+    submit_again_and_again()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(submit_again_and_again).result(60.0)
+    assert [] == stuck
+
+
 # What others see of it
 
 
@@ -148,6 +236,37 @@ def test_everybody_gets_the_same(launch: Launch) -> None:
             assert [mine] == outcomes
             assert [mine] * 5 == [other.result(30.0) for other in [*others, future]]
             assert called.result(30.0) is future
+
+
+@pytest.mark.parametrize(
+    "wait", [concurrent.futures.wait, lambda futures: list(concurrent.futures.as_completed(futures))]
+)
+def test_main_thread_wakes_who_waits_otherwise(launch: Launch, tmp_path: Path, wait: Callable[..., Any]) -> None:
+    """Who waits for several futures at a time is told when the main thread receives the answer for itself."""
+    executor = launch(2)
+    with ThreadPoolExecutor(1) as pool:
+        for number in range(5):
+            held = Held(executor, tmp_path / str(number))
+            waiting = pool.submit(wait, [held.future])
+            eventually(lambda held=held: held.future._waiters)  # type: ignore[misc]
+            held.answer()
+            assert threading.main_thread().name == held.future.result(30.0)
+            waiting.result(30.0)
+
+
+def test_future_that_another_thread_is_setting(launch: Launch, tmp_path: Path) -> None:
+    """The main thread has its outcome, and leaves it to that thread to set it."""
+    executor = launch(2)
+    held = Held(executor, tmp_path / "gate")
+    future: Any = held.future
+    entry, _ = future._call
+    entry.delivered = True
+    held.answer()
+
+    assert threading.main_thread().name == future.result(30.0)
+    assert not Future.done(future)
+    future.set_result(future.result())
+    assert Future.done(future)
 
 
 def test_error_is_raised_and_told(launch: Launch) -> None:
@@ -279,8 +398,9 @@ def _after_a_while(value: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("before", [True, False], ids=["callback", "late callback"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_interrupt_at_every_point_of_a_wait(launch: Launch, kind: str) -> None:
+def test_interrupt_at_every_point_of_a_wait(launch: Launch, kind: str, before: bool) -> None:
     """Wherever Ctrl-C strikes who waits: the future has its outcome afterwards, told once to others, and so has the next one."""
     executor = launch(2, rpc={"timeout_s": 20.0})
     wanted = _outcome(executor.collective_rpc(**KINDS[kind], non_block=True))
@@ -289,15 +409,36 @@ def test_interrupt_at_every_point_of_a_wait(launch: Launch, kind: str) -> None:
         told: list[str] = []
         future = executor.collective_rpc(**KINDS[kind], non_block=True)
         following = executor.collective_rpc("where", args=(at,), non_block=True) if at % 2 else None
-        future.add_done_callback(lambda future, told=told: told.append(_outcome(future)))  # type: ignore[misc]
+        if before:
+            future.add_done_callback(lambda future, told=told: told.append(_outcome(future)))  # type: ignore[misc]
         where = interrupted(lambda future=future: future.exception(20.0), at)  # type: ignore[misc]
         struck += where is not None
+        if not before:
+            future.add_done_callback(lambda future, told=told: told.append(_outcome(future)))  # type: ignore[misc]
         assert wanted == _outcome(future), where
         if following is not None:
             assert [(0, at), (1, at)] == following.result(20.0), where
         assert [(0, at), (1, at)] == executor.collective_rpc("where", args=(at,)), where
         eventually(lambda told=told: told == [wanted])  # type: ignore[misc]
     assert struck > 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupt_at_every_point_of_a_submission(launch: Launch, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Wherever Ctrl-C strikes who submits a call that is answered meanwhile: later calls get their own answers."""
+    executor = launch(2, rpc={"timeout_s": 20.0, "max_in_flight": 2})
+    calls = executor._group._calls  # type: ignore[union-attr] # ours
+    wanted = _outcome(executor.collective_rpc(**KINDS[kind], non_block=True))
+    _wait_when_sent(executor, monkeypatch, lambda _: time.sleep(0.01))
+    at, where = 0, ""
+    while where is not None:
+        at += 1
+        where = interrupted(lambda: executor.collective_rpc(**KINDS[kind], non_block=True), at)  # type: ignore[assignment]
+        assert wanted == _outcome(executor.collective_rpc(**KINDS[kind], non_block=True)), where
+        assert [(0, at), (1, at)] == executor.collective_rpc("where", args=(at,)), where
+        eventually(lambda: not calls.in_flight)
+    assert at > 20
 
 
 def _outcome(future: Future[Any]) -> str:

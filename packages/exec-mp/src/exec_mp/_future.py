@@ -5,18 +5,22 @@ that thread is not awake when a step of the usual length ends. Otherwise the bac
 
 On the main thread Ctrl-C may come between any two calls, and half-notified waiters would wait for ever. So there `result`
 receives and works out the outcome, which it returns at once; the background thread then tells all others, and callbacks.
+Where there is nobody to be told, as while the call is still being submitted, it sets the future itself: that is one step.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import Future
+from concurrent.futures._base import FINISHED
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from exec_core.calls import deadline_after
 
 if TYPE_CHECKING:
+    from exec_core.asynchronous import Room
     from exec_mp._calls import Entry
     from exec_mp._receiver import Receiver
 
@@ -41,17 +45,22 @@ def tell(entry: Entry) -> Told:
 
 
 class CallFuture(Future[Any]):
-    """Of ``entry``, whose answers ``receiver`` reads."""
+    """Of ``entry``, whose answers ``receiver`` reads; ``room`` is told when it is set here."""
 
-    def __init__(self, entry: Entry, receiver: Receiver) -> None:
+    def __init__(self, entry: Entry, receiver: Receiver, room: Room) -> None:
         super().__init__()
         self._call: tuple[Entry, Receiver] | None = entry, receiver  # until it is set: these know the future as well
+        self._room = room
+        # The condition itself is not taken in one step: Ctrl-C could leave it taken.
+        self._lock = self._condition._lock  # type: ignore[attr-defined] # noqa: SLF001
+        self._awaited = False  # somebody waits under that lock, or is about to
 
     def result(self, timeout: float | None = None) -> Any:
         """See `concurrent.futures.Future.result`."""
         until = deadline_after(timeout)
         told = self._receive(until)
         if told is None:
+            self._awaited = True
             return super().result(None if timeout is None else until - monotonic())
         value, error = told
         if error is None:
@@ -65,7 +74,10 @@ class CallFuture(Future[Any]):
         """See `concurrent.futures.Future.exception`."""
         until = deadline_after(timeout)
         told = self._receive(until)
-        return super().exception(None if timeout is None else until - monotonic()) if told is None else told[1]
+        if told is None:
+            self._awaited = True
+            return super().exception(None if timeout is None else until - monotonic())
+        return told[1]
 
     def done(self) -> bool:
         """See `concurrent.futures.Future.done`."""
@@ -86,12 +98,39 @@ class CallFuture(Future[Any]):
             if receiver.is_current_thread():
                 self._turn(receiver, until)
             elif threading.current_thread() is threading.main_thread():
-                _claim(entry, receiver, until)
+                self._claim(entry, receiver, until)
             else:
                 while receiver.read_for(entry, until):
                     receiver.act()
                 receiver.end_reading_for(entry)
         return entry.told
+
+    def _claim(self, entry: Entry, receiver: Receiver, until: float, *, at_once: bool = False) -> None:
+        """Receives, works out the outcome, and leaves it to the background thread to tell others, if there are any.
+
+        For the main thread, and, ``at_once``, for whoever submits the call.
+        """
+        entry.claimed = True  # who answers it from now on does not deliver it
+        try:
+            if receiver.read_for(entry, until, at_once=at_once) and receiver.is_answered(entry):
+                self._set_quietly(entry, receiver, tell(entry))
+            _end_claim(entry, receiver)
+        except BaseException:
+            _end_claim(entry, receiver)
+            receiver.stop_reading_for(entry)
+            raise
+
+    def _set_quietly(self, entry: Entry, receiver: Receiver, told: Told) -> None:
+        """Sets it, unless somebody has to be told of that."""
+        value, error = told
+        with receiver.lock, self._lock:
+            callbacks = self._done_callbacks  # type: ignore[attr-defined]
+            if not (entry.delivered or self._awaited or self._waiters or callbacks):
+                # No call from here on: Ctrl-C finds all of it done, or nothing.
+                self._result, self._exception, self._call = value, error, None
+                self._state, entry.delivered = FINISHED, True
+        if self._room.line:
+            self._room.made()
 
     def _turn(self, receiver: Receiver, until: float) -> None:
         """A callback, on the background thread, waits for another future: this thread must go on watching."""
@@ -99,6 +138,13 @@ class CallFuture(Future[Any]):
         receiver.act()
         while not self.done() and monotonic() < until:
             receiver.turn(until)
+
+    def receive_at_once(self) -> bool:
+        """While nobody else knows it, and the call has just been sent. Whether it is set, since all have answered already."""
+        call = self._call
+        if call is not None and not call[1].is_current_thread():
+            self._claim(*call, math.inf, at_once=True)
+        return self._call is None
 
     def set_result(self, result: Any) -> None:
         """See `concurrent.futures.Future.set_result`."""
@@ -111,19 +157,6 @@ class CallFuture(Future[Any]):
         self._call = None
 
 
-def _claim(entry: Entry, receiver: Receiver, until: float) -> None:
-    """On the main thread: receives, works out the outcome, and leaves it to the background thread to tell others."""
-    entry.claimed = True  # who answers it from now on does not deliver it
-    try:
-        if receiver.read_for(entry, until) and receiver.is_answered(entry):
-            tell(entry)
-        _end_claim(entry, receiver)
-    except BaseException:
-        _end_claim(entry, receiver)
-        receiver.stop_reading_for(entry)
-        raise
-
-
 def _end_claim(entry: Entry, receiver: Receiver) -> None:
     entry.claimed = False  # first: who answers it later sees that
-    receiver.end_reading_for(entry)
+    receiver.end_claim(entry)

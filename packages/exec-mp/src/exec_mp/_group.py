@@ -153,7 +153,7 @@ class ProcessGroup:
 
     def submit(self, call: Entry, wait: bool) -> Future[Any]:
         # Where rank 0 runs here, its thread has answers of its own, and nobody wakes a caller that reads the others'.
-        future = call.future = CallFuture(call, self._receiver) if self._inline is None else Future()
+        future = call.future = CallFuture(call, self._receiver, self._room) if self._inline is None else Future()
         if not call.ranks:
             future.set_result(call.result([]))
             return future
@@ -161,7 +161,8 @@ class ProcessGroup:
             future.set_running_or_notify_cancel()  # a reply may come before it has been sent to all
         try:
             self._send(call, wait)
-            self._receiver.future_added(call)
+            if not (isinstance(future, CallFuture) and future.receive_at_once()):
+                self._receiver.future_added(call)
         except BaseException as error:
             self._leave(call, error)
             raise

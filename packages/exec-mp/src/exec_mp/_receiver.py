@@ -71,7 +71,7 @@ class Receiver:
         self._leader: dict[None, object] = {}  # who leads: taken by one `setdefault`, given up by one `pop`
         self._followers: deque[Entry] = deque()
         self._todo = answers.todo
-        self.is_answered = calls.is_answered  # for `exec_mp._future`
+        self.is_answered, self.lock = calls.is_answered, lock  # for `exec_mp._future`
         self._armed: bool | None = False  # the background thread listens to the bell
         self._wake_at = math.inf  # when the background thread wakes by itself
         self._stopped = False
@@ -128,27 +128,43 @@ class Receiver:
         if entry.waiter is not None:
             self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
 
-    def read_for(self, entry: Entry, until: float) -> bool:
+    def read_for(self, entry: Entry, until: float, *, at_once: bool = False) -> bool:
         """Leads for who waits on a future until ``entry`` is finished, something is to be done without the lead, or ``until``.
+
+        Args:
+            at_once: only what has been answered already, if there is no other call.
 
         Returns:
             Whether to `act` and come again. Else others will finish it, or have; also when many calls are in flight.
         """
         leader, calls, channel, alone = self._leader, self._calls, self._channel, get_ident() == _MAIN
         token = entry if alone else object()  # several threads may wait on one future
-        if len(calls.in_flight) > _FEW or entry.finished or leader.setdefault(None, token) is not token:
+        few = 1 if at_once else _FEW
+        if len(calls.in_flight) > few or entry.finished or leader.setdefault(None, token) is not token:
             return False
         try:
             if entry.finished:  # the channel may be gone
                 return False
+            by_all = len(entry.ranks) == self._remote and entry.max_concurrent is None
+            complete = channel.pack_id(entry.id) * self._remote + channel.rest if by_all else b""
+            if at_once:
+                return self._look_once(entry, alone, complete)
             channel.stay_awake()
-            at_once = len(entry.ranks) == self._remote and entry.max_concurrent is None
-            complete = channel.pack_id(entry.id) * self._remote + channel.rest if at_once else b""
             return self._lead(entry, alone, complete, until)
         finally:
             leader.pop(None)
             if calls.in_flight or self._followers:
                 self._step_down(None)
+
+    def _look_once(self, entry: Entry, alone: bool, complete: bytes) -> bool:
+        """`_lead`, without waiting."""
+        channel = self._channel
+        seen = channel.glance()
+        if seen == complete and self._calls.close_only(entry):
+            channel.seen = complete
+        elif seen != channel.seen:
+            self._deal_with(entry, seen, alone)
+        return entry.finished
 
     def stop_reading_for(self, entry: Entry) -> None:
         """Ctrl-C has come while the main thread may have led."""
@@ -156,10 +172,19 @@ class Receiver:
         self._step_down(None)  # the lead may have been given up, and nobody have been looked for
 
     def end_reading_for(self, entry: Entry) -> None:
-        """After `read_for`: delivers ``entry`` if it was answered there, unless the main thread does that."""
+        """After `read_for` for another thread: delivers ``entry`` if it was answered there, unless the main thread does that."""
         if self._calls.is_answered(entry) and not entry.claimed:
             self._answers.deliver(entry)
         self.act()
+
+    def end_claim(self, entry: Entry) -> None:
+        """After `read_for` for the main thread or for a submitter: whom there is to tell, the background thread tells."""
+        if self._calls.is_answered(entry) and not (entry.claimed or entry.delivered):
+            self._answers.deliver(entry)
+        if self._stopped:
+            self._run_todo()
+        elif self._todo:
+            self.look_again()
 
     def _turn_until_finished(self, entry: Entry) -> None:
         """A callback, on the background thread, that calls: this thread must go on watching."""
