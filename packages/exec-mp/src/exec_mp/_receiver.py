@@ -3,6 +3,7 @@
     wait(entry)     the caller leads: it looks at the reply words in its own thread, because a hand-over to another thread
                     costs more than the whole round trip; with a leader there it sleeps until it is done or promoted
     read_for(entry) the same for who waits on a future, which gets finished without that, too: only where it helps
+                    for who has just submitted a call: a look at once, since what is there needs no other thread
     (background)    one thread sleeps on the workers' ends and, only while calls are pending and nobody leads, on the bell;
                     it finishes futures that nobody waits on, and owns their deadlines
 
