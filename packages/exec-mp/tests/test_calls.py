@@ -1,5 +1,6 @@
 """Which call is finished with what, decided without a process, a lock or a clock."""
 
+import gc
 import math
 from concurrent.futures import Future
 from typing import Any
@@ -27,6 +28,28 @@ def opened(calls: Calls, one: Entry | None = None, future: Future[Any] | None = 
 def failure(rank: int, time_ns: int = 0, text: str = "wrong") -> Failure:
     """What a rank that raised says."""
     return Failure(rank, 100 + rank, ValueError(text), time_ns)
+
+
+def test_calls_that_begin_while_answers_are_recorded() -> None:
+    """A finalizer may call, and the garbage collector may run it wherever memory is allocated."""
+    calls = Calls(1000, 2)
+    before = [opened(calls) for _ in range(50)]
+
+    def begin(phase: str, _: object) -> None:
+        if phase == "start":
+            opened(calls)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(begin)
+    gc.set_threshold(1)
+    try:
+        closed = calls.acknowledge((before[-1].id,) * 2)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(begin)
+
+    assert before == closed
+    assert len(calls.in_flight) > 0
 
 
 def test_values_in_rank_order() -> None:

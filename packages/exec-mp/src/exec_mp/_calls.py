@@ -167,7 +167,9 @@ class Calls:
         before, self._acks = self._acks, acks
         low, high = min(acks), max(acks)
         closed = []
-        for call_id, entry in list(self.in_flight.items()):
+        # Not the items: while pairs are made the garbage collector may come in, and a finalizer's call with it.
+        for entry in list(self.in_flight.values()):
+            call_id = entry.id
             if call_id > high:
                 break
             if call_id <= low or not self.owing(entry):
