@@ -123,6 +123,26 @@ def test_large_results_are_received_in_the_background(launch: Launch) -> None:
     assert ["exec-mp"] == where
 
 
+def _in_two_parts(worker: Any, report: bool) -> int:
+    """Rank 0 answers with a value at once; rank 1 later, with nothing."""
+    if worker.context.rank:
+        time.sleep(0.3)
+        if report:
+            worker.context.report_progress(1, 2, "half")
+            time.sleep(0.3)
+    return 7
+
+
+def test_value_read_before_progress_is_reported(launch: Launch) -> None:
+    """The same caller, which has passed progress on in between."""
+    executor = launch(2)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        called = pool.submit(executor.collective_rpc, _in_two_parts, 30.0, args=(True,), reply_ranks=[0])
+        assert [7] == called.result(40.0)
+    assert time.monotonic() - began < 15.0
+
+
 # Answered while it is submitted
 
 
@@ -184,6 +204,21 @@ def test_answered_at_once(
         assert ({future}, set()) == concurrent.futures.wait([future], timeout=0)
         assert [True, False, False] == [future.done(), future.running(), future.cancel()]
         assert [wanted] == told
+
+
+def test_answered_in_part_at_once(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, run_on: Callable[[Callable[[], Any]], Any]
+) -> None:
+    """Who waits for a call of which one rank's value was read when it was submitted sees that the other rank is done."""
+    executor = launch(2)
+    channel: Any = executor._group._channel  # type: ignore[union-attr] # ours
+    _wait_when_sent(
+        executor, monkeypatch, lambda _: eventually(lambda: channel.replies(channel.words(channel.glance())))
+    )
+    began = time.monotonic()
+    call: dict[str, Any] = {"args": (False,), "non_block": True, "reply_ranks": [0]}
+    assert [7] == run_on(lambda: executor.collective_rpc(_in_two_parts, **call).result(30.0))
+    assert time.monotonic() - began < 15.0  # not when it looks for the last time
 
 
 def test_submitting_runs_nobody_elses_callbacks(launch: Launch) -> None:

@@ -104,8 +104,9 @@ class Receiver:
                         if not channel.is_awake:
                             channel.stay_awake()
                         # What all have acknowledged needs no processing while it is the only call: none can have replied.
-                        at_once = len(entry.ranks) == size and entry.max_concurrent is None
-                        complete = channel.pack_id(entry.id) * size + channel.rest if at_once else b""
+                        # Not what a rank has answered with a value, which an earlier leader may have taken: it does not acknowledge.
+                        by_all = len(entry.ranks) == size and entry.max_concurrent is None and not entry.values
+                        complete = channel.pack_id(entry.id) * size + channel.rest if by_all else b""
                         if channel.glance() == complete and calls.close_only(entry):
                             channel.seen = complete
                         else:
@@ -146,7 +147,7 @@ class Receiver:
         try:
             if entry.finished:  # the channel may be gone
                 return False
-            by_all = len(entry.ranks) == self._remote and entry.max_concurrent is None
+            by_all = len(entry.ranks) == self._remote and entry.max_concurrent is None and not entry.values
             complete = channel.pack_id(entry.id) * self._remote + channel.rest if by_all else b""
             if at_once:
                 return self._look_once(entry, alone, complete)
