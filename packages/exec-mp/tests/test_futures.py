@@ -123,14 +123,18 @@ def test_large_results_are_received_in_the_background(launch: Launch) -> None:
     assert ["exec-mp"] == where
 
 
-def _in_two_parts(worker: Any, report: bool) -> int:
+def _in_two_parts(*, report: bool) -> Callable[[Any], int]:
     """Rank 0 answers with a value at once; rank 1 later, with nothing."""
-    if worker.context.rank:
-        time.sleep(0.3)
-        if report:
-            worker.context.report_progress(1, 2, "half")
+
+    def method(worker: Any) -> int:
+        if worker.context.rank:
             time.sleep(0.3)
-    return 7
+            if report:
+                worker.context.report_progress(1, 2, "half")
+                time.sleep(0.3)
+        return 7
+
+    return method
 
 
 def test_value_read_before_progress_is_reported(launch: Launch) -> None:
@@ -138,7 +142,7 @@ def test_value_read_before_progress_is_reported(launch: Launch) -> None:
     executor = launch(2)
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        called = pool.submit(executor.collective_rpc, _in_two_parts, 30.0, args=(True,), reply_ranks=[0])
+        called = pool.submit(executor.collective_rpc, _in_two_parts(report=True), 30.0, reply_ranks=[0])
         assert [7] == called.result(40.0)
     assert time.monotonic() - began < 15.0
 
@@ -216,8 +220,8 @@ def test_answered_in_part_at_once(
         executor, monkeypatch, lambda _: eventually(lambda: channel.replies(channel.words(channel.glance())))
     )
     began = time.monotonic()
-    call: dict[str, Any] = {"args": (False,), "non_block": True, "reply_ranks": [0]}
-    assert [7] == run_on(lambda: executor.collective_rpc(_in_two_parts, **call).result(30.0))
+    method = _in_two_parts(report=False)
+    assert [7] == run_on(lambda: executor.collective_rpc(method, non_block=True, reply_ranks=[0]).result(30.0))
     assert time.monotonic() - began < 15.0  # not when it looks for the last time
 
 
