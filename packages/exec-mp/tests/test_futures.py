@@ -39,6 +39,7 @@ class Held:
         self.future: Future[Any] = executor.collective_rpc(
             workers.wait_at, 30.0, args=(self._gate,), non_block=True, aggregate=_thread
         )
+        time.sleep(0.02)  # the background thread may have been rung for before: while it looks, nobody else can receive
 
     def answer(self) -> None:
         """Returns at once."""
