@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import select
 import threading
 import time
 import weakref
@@ -39,7 +40,9 @@ class Held:
         self.future: Future[Any] = executor.collective_rpc(
             workers.wait_at, 30.0, args=(self._gate,), non_block=True, aggregate=_thread
         )
-        time.sleep(0.02)  # the background thread may have been rung for before: while it looks, nobody else can receive
+        bell = executor._group._channel.bell  # type: ignore[union-attr] # ours
+        # The background thread may have been rung for before: while it looks, nobody else can receive.
+        eventually(lambda: not select.select([bell], [], [], 0)[0] and not self._receiver._leader)
 
     def answer(self) -> None:
         """Returns at once."""
