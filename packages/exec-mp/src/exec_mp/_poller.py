@@ -22,6 +22,9 @@ class Poller:
     Args:
         handlers: by descriptor.
         switched: a descriptor that is listened to only while `listen` says so.
+
+    Attributes:
+        listens: what `listen` has said last; None where Ctrl-C has cut it short.
     """
 
     def __init__(self, handlers: Mapping[int, Handler], switched: int, on_switched: Handler) -> None:
@@ -32,13 +35,17 @@ class Poller:
             os.close(self._control)
             raise
         self._switched = switched
+        self.listens: bool | None = False
         self._handlers = {**handlers, self._control: self._woken, switched: on_switched}
         for fd in self._handlers:
             self._epoll.register(fd, 0 if fd == switched else select.EPOLLIN)
 
     def listen(self, on: bool) -> None:
-        """Whether to listen to the switched descriptor; takes effect at once, also in a turn that waits."""
-        self._epoll.modify(self._switched, select.EPOLLIN if on else 0)
+        """Whether to listen to the switched descriptor; takes effect at once, also in a turn that waits. One thread at a time."""
+        if self.listens is not on and not self._epoll.closed:
+            self.listens = None
+            self._epoll.modify(self._switched, select.EPOLLIN if on else 0)
+            self.listens = on
 
     def wake(self) -> None:
         """Ends the present wait of `turn`."""

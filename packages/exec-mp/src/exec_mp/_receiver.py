@@ -1,4 +1,4 @@
-"""Who reads the replies: at most one leader at a time, a blocking caller if there is one.
+"""Who reads the replies: at most one leader at a time, a blocking caller if there is one. How: `exec_mp._reader`.
 
     wait(entry)     the caller leads: it looks at the reply words in its own thread, because a hand-over to another thread
                     costs more than the whole round trip; with a leader there it sleeps until it is done or promoted
@@ -7,8 +7,8 @@
     (background)    one thread sleeps on the workers' ends and, only while calls are pending and nobody leads, on the bell;
                     it finishes futures that nobody waits on, and owns their deadlines
 
-``_lock`` (the group's) guards the calls, ``_followers``, ``_armed`` and ``_wake_at``. Only the leader touches the reply
-rings. Futures are finished, and callbacks run, with neither the lock nor the lead held.
+``_lock`` (the group's) guards the calls, ``_followers``, ``_wake_at`` and what the background thread listens to. Only the
+leader touches the reply rings. Futures are finished, and callbacks run, with neither the lock nor the lead held.
 
 The lead is taken and given up without the lock, by one step each that nothing comes between; who gives it up then looks who
 is left. Who found it taken enters himself (a follower among the followers, a future among the calls) and looks once more: so
@@ -26,20 +26,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from os import sched_yield
 from threading import get_ident
 from time import monotonic
 
 from exec_mp._answers import Answers
 from exec_mp._calls import Calls, Entry
-from exec_mp._driver_channel import DriverChannel, Words
-from exec_mp._pace import Pace
+from exec_mp._driver_channel import DriverChannel
 from exec_mp._poller import Handler, Poller
+from exec_mp._reader import MAIN, Reader
 from exec_mp._wakeup import Nudge, Wakeup
 
 _AFTER_ERROR_S = 0.05  # an error that comes again at once must not take a whole processor
 _FEW = 4  # calls in flight: the answers of more come in crowds, and one thread takes those better than many in turns
-_MAIN = threading.main_thread().ident
 
 
 class Receiver:
@@ -66,18 +64,15 @@ class Receiver:
     ) -> None:
         self._channel, self._calls, self._lock, self._answers = channel, calls, lock, answers
         self._settle, self._broken = settle, broken
-        self._pace = Pace(channel.geometry.spin_s, channel.geometry.room)  # of whoever leads
-        whole = len(channel.remote_ranks) == channel.geometry.world_size
-        self._remote = len(channel.remote_ranks) if whole else -1  # ranks of a call that all ranks can acknowledge
         self._leader: dict[None, object] = {}  # who leads: taken by one `setdefault`, given up by one `pop`
         self._followers: deque[Entry] = deque()
         self._todo = answers.todo
         self.is_answered, self.lock = calls.is_answered, lock  # for `exec_mp._future`
-        self._armed: bool | None = False  # the background thread listens to the bell
         self._wake_at = math.inf  # when the background thread wakes by itself
         self._stopped = False
         self._ident = 0  # of the background thread, once it runs
         self._poller = Poller(handlers, channel.bell, self._drain_in_background)
+        self._reader = Reader(channel, calls, lock, answers, self._poller, self.look_again)
         self._thread = threading.Thread(target=self._serve, name="exec-mp", daemon=True)
         try:
             self._thread.start()
@@ -93,8 +88,7 @@ class Receiver:
         if thread == self._ident:
             self._turn_until_finished(entry)
             return
-        leader, calls, channel, alone = self._leader, self._calls, self._channel, thread == _MAIN
-        size = self._remote
+        leader, calls, channel, alone = self._leader, self._calls, self._channel, thread == MAIN
         try:
             while True:
                 try:
@@ -103,14 +97,7 @@ class Receiver:
                     elif not entry.finished:  # else the channel may be gone
                         if not channel.is_awake:
                             channel.stay_awake()
-                        # What all have acknowledged needs no processing while it is the only call: none can have replied.
-                        # Not what a rank has answered with a value, which an earlier leader may have taken: it does not acknowledge.
-                        by_all = len(entry.ranks) == size and entry.max_concurrent is None and not entry.values
-                        complete = channel.pack_id(entry.id) * size + channel.rest if by_all else b""
-                        if channel.glance() == complete and calls.close_only(entry):
-                            channel.seen = complete
-                        else:
-                            self._lead(entry, alone, complete)
+                        self._reader.read(entry, alone)
                 finally:  # also when Ctrl-C comes between any two lines
                     if leader.get(None) is entry:
                         leader.pop(None)  # first: who has not seen this, is seen now
@@ -139,7 +126,7 @@ class Receiver:
         Returns:
             Whether to `act` and come again. Else others will finish it, or have; also when many calls are in flight.
         """
-        leader, calls, channel, alone = self._leader, self._calls, self._channel, get_ident() == _MAIN
+        leader, calls, channel, alone = self._leader, self._calls, self._channel, get_ident() == MAIN
         token = entry if alone else object()  # several threads may wait on one future
         few = 1 if at_once else _FEW
         if len(calls.in_flight) > few or entry.finished or leader.setdefault(None, token) is not token:
@@ -147,26 +134,14 @@ class Receiver:
         try:
             if entry.finished:  # the channel may be gone
                 return False
-            by_all = len(entry.ranks) == self._remote and entry.max_concurrent is None and not entry.values
-            complete = channel.pack_id(entry.id) * self._remote + channel.rest if by_all else b""
             if at_once:
-                return self._look_once(entry, alone, complete)
+                return self._reader.look(entry, alone)
             channel.stay_awake()
-            return self._lead(entry, alone, complete, until)
+            return self._reader.read(entry, alone, until)
         finally:
             leader.pop(None)
             if calls.in_flight or self._followers:
                 self._step_down(None)
-
-    def _look_once(self, entry: Entry, alone: bool, complete: bytes) -> bool:
-        """`_lead`, without waiting."""
-        channel = self._channel
-        seen = channel.glance()
-        if seen == complete and self._calls.close_only(entry):
-            channel.seen = complete
-        elif seen != channel.seen:
-            self._deal_with(entry, seen, alone)
-        return entry.finished
 
     def stop_reading_for(self, entry: Entry) -> None:
         """Ctrl-C has come while the main thread may have led."""
@@ -216,80 +191,10 @@ class Receiver:
                 entry.waiter = Wakeup()
             self._followers.append(entry)
             if not self._leader:
-                if get_ident() != _MAIN or len(self._calls.in_flight) <= 1:
+                if get_ident() != MAIN or len(self._calls.in_flight) <= 1:
                     return
                 self._arm(on=True)
         entry.waiter.wait(None if entry.due == math.inf else max(0.0, entry.due - monotonic()))
-
-    def _lead(self, entry: Entry, alone: bool, complete: bytes, until: float = math.inf) -> bool:
-        """Until ``entry``, which is not, is finished or due, or something is to be done without the lead.
-
-        Args:
-            alone: only while what has been answered concerns no other call.
-            complete: what all ranks' having acknowledged it looks like; empty where that is not enough.
-            until: at the latest.
-
-        Returns:
-            Whether the same caller may lead on when it has been done.
-        """
-        channel, calls, todo, pace = self._channel, self._calls, self._todo, self._pace
-        pace.begin(monotonic())
-        known = channel.seen
-        while not entry.finished and (alone or not todo):  # the main thread does nothing of that, see `act`
-            seen, now = channel.glance(), monotonic()
-            if seen != known:
-                if seen == complete and calls.close_only(entry):
-                    channel.seen = complete
-                    break
-                # What some have acknowledged changes nothing yet if all ranks will, and nobody else has a call.
-                if complete and len(calls.in_flight) == 1 and seen.endswith(channel.rest):
-                    known = seen
-                elif self._deal_with(entry, seen, alone):
-                    complete, known = b"", channel.seen
-                else:
-                    return False
-                if pace.slept and now >= pace.spin_until:
-                    pace.spin_until = now + pace.spin_s  # the other ranks will not be long
-            elif now < pace.spin_until:
-                sched_yield()
-            elif now >= entry.due or now >= until:
-                self._deal_with(entry, known, alone)  # who is told that it is due is told who has answered
-                return False
-            else:
-                self._sleep(now, min(entry.due, until), known)
-        if pace.slept:
-            pace.came = monotonic()
-        return True
-
-    def _deal_with(self, entry: Entry, seen: bytes, alone: bool) -> bool:
-        """Tells the calls what has been ``seen``. False, and nothing happens, where the caller of ``entry`` is not to do that."""
-        # What has been seen belongs to calls that were open before: asked now, nobody else's can be among it.
-        shared, words = len(self._calls.in_flight) > 1 or entry.future is not None, self._channel.words(seen)
-        if alone and shared and not self._may_be_cut_short(entry, words):
-            return False
-        self._process(words)
-        return True
-
-    def _may_be_cut_short(self, entry: Entry, words: Words) -> bool:
-        """Whether the main thread may deal with ``words``, and another do it again should Ctrl-C come in between.
-
-        They must concern no other call than ``entry``, and for its future bring nothing that is handed out only once.
-        """
-        channel, calls, number = self._channel, self._calls, entry.id
-        if calls.gated or min(list(calls.in_flight), default=0) != number or max(channel.acks(words)) > number:
-            return False
-        headers = [channel.take(rank, place) for rank, place in channel.replies(words)]
-        return all(call_id == number and not position for call_id, _, _, _, position, *_ in headers)
-
-    def _sleep(self, now: float, until: float, seen: bytes) -> None:
-        """Rests while leading, until the bell rings or ``until`` at most; not if there is more than ``seen``."""
-        channel, pace = self._channel, self._pace
-        if self._armed is not False:  # else the bell would wake the background thread as well
-            with self._lock:
-                self._arm(on=False)
-        channel.sleep(min(pace.rest(now), until - now), seen)
-        channel.stay_awake()
-        pace.woken(monotonic())
 
     def _unfollow(self, entry: Entry) -> None:
         with self._lock:
@@ -324,7 +229,7 @@ class Receiver:
             with self._lock:
                 if self._stopped:  # the channel may be gone; the next try to send says why
                     return True
-                if get_ident() != _MAIN:  # which has no call of its own yet: all that comes is for others
+                if get_ident() != MAIN:  # which has no call of its own yet: all that comes is for others
                     self._leader.setdefault(None, leader)
                 elif not self._leader:
                     self._arm(on=True)
@@ -333,7 +238,7 @@ class Receiver:
             else:
                 self._channel.sleep(0.001, self._channel.seen)
                 if words := self._channel.look():
-                    self._process(words)
+                    self._reader.process(words)
         finally:
             self._step_down(leader)
         self.act()
@@ -341,7 +246,7 @@ class Receiver:
 
     def act(self) -> None:
         """Without the lead: does what replies have led to."""
-        if self._todo and get_ident() == _MAIN and not self._stopped:
+        if self._todo and get_ident() == MAIN and not self._stopped:
             self.look_again()
         else:
             self._run_todo()
@@ -353,12 +258,6 @@ class Receiver:
             except IndexError:  # another thread was faster
                 return
             act()
-
-    def _process(self, words: Words) -> None:
-        if self._answers.process(words):
-            self._todo.append(self.look_again)  # an error may have to be held back
-        if self._todo and get_ident() == _MAIN:
-            self.look_again()
 
     # The background thread
 
@@ -380,10 +279,7 @@ class Receiver:
     def _arm(self, on: bool) -> None:
         if self._stopped:
             return
-        if self._armed is not on:  # else one system call less
-            self._armed = None  # unknown, should Ctrl-C come before the end
-            self._poller.listen(on)
-            self._armed = on
+        self._poller.listen(on)
         if on:
             self._channel.may_sleep()
             if self._channel.look():  # replies that were not rung for, or whose ringing the last leader took back
@@ -432,13 +328,12 @@ class Receiver:
     def _drain_in_background(self) -> bool:
         with self._lock:
             if self._stopped or self._leader.setdefault(None, self) is not self:
-                self._poller.listen(on=False)  # whether or not it is known to listen: Ctrl-C
-                self._armed = False
+                self._poller.listen(on=False)
                 return True
         try:
             self._channel.quiet()
             while words := self._channel.look():
-                self._process(words)
+                self._reader.process(words)
         finally:
             self._step_down(self)
         return True
