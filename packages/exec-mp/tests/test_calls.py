@@ -97,7 +97,7 @@ def test_interrupted_acknowledgement_is_taken_up_again() -> None:
     calls = Calls(4, 2)
     entry = opened(calls)
     calls._acks = (entry.id, entry.id)
-    calls.abandon(entry, KeyboardInterrupt())
+    calls.abandon(entry)
 
     assert [entry] == calls.acknowledge((entry.id, entry.id))
     assert entry.late in (0, 1)
@@ -108,7 +108,7 @@ def test_given_up_call_is_not_closed_as_the_only_one() -> None:
     """Its answers are late ones, which somebody is told of."""
     calls = Calls(4, 2)
     entry = opened(calls)
-    calls.abandon(entry, KeyboardInterrupt())
+    calls.abandon(entry)
 
     assert not calls.close_only(entry)
 
@@ -254,7 +254,7 @@ def test_error_of_the_only_rank_is_final_at_once() -> None:
     assert [entry] == calls.error(entry.id, failure(0), now=10.0)
     with pytest.raises(ValueError, match="wrong"):
         entry.outcome()
-    assert (0, 100) == (entry.failure and entry.failure.rank, entry.failure and entry.failure.pid)
+    assert (0, 100) == entry.failed
 
 
 def test_error_waits_a_moment_for_a_death() -> None:
@@ -304,8 +304,8 @@ def test_first_error_by_time_is_raised() -> None:
     with pytest.raises(ValueError, match="first") as caught:
         entry.outcome()
     assert ["also failed: rank 0 (pid 100): ValueError('second')"] == caught.value.__notes__
-    assert entry.failure is not None
-    assert 1 == entry.failure.rank
+    assert entry.failed is not None
+    assert 1 == entry.failed[0]
 
 
 def test_error_beats_values() -> None:
@@ -428,7 +428,7 @@ def test_abandoned_call() -> None:
     """A caller that was interrupted leaves a call whose replies are late ones."""
     calls = Calls(4, 4)
     entry = opened(calls, call((0,)))
-    calls.abandon(entry, KeyboardInterrupt())
+    calls.abandon(entry)
 
     assert [entry] == calls.value(0, entry.id, None)
     assert 0 == entry.late

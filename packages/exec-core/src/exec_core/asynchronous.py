@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exec_core.calls import Call
 from exec_core.errors import ExecutorBusyError, RpcTimeoutError
+
+if TYPE_CHECKING:  # loading asyncio takes long
+    from asyncio import AbstractEventLoop
+    from asyncio import Future as LoopFuture
 
 Submit = Callable[[Call, bool], Future[Any]]
 """``submit(call, wait)``, see `exec_core.group.WorkerGroup.submit`."""
@@ -78,7 +83,9 @@ class _Place:
 
 async def awaited(submit: Submit, call: Call, room: Room) -> Any:
     """The value of ``call``, see `submitted`."""
-    return await awaited_future(await submitted(submit, call, room))
+    submitting = submitted(submit, call, room)
+    del call  # which knows its error, and the error where it came through
+    return await awaited_future(await submitting)
 
 
 async def submitted(submit: Submit, call: Call, room: Room) -> Future[Any]:
@@ -107,7 +114,35 @@ async def submitted(submit: Submit, call: Call, room: Room) -> Future[Any]:
 
 
 async def awaited_future(future: Future[Any]) -> Any:
-    """The value of ``future``."""
+    """The value of ``future``.
+
+    `asyncio.wrap_future` makes a cycle: value and error would wait for the garbage collector.
+    """
     import asyncio
 
-    return await asyncio.wrap_future(future)
+    try:
+        if future.done():  # answered while it was being submitted
+            await asyncio.sleep(0)  # others are to have a turn
+        else:
+            loop = asyncio.get_running_loop()
+            done = loop.create_future()
+            future.add_done_callback(functools.partial(_wake, loop, done))
+            try:
+                await done
+            except asyncio.CancelledError:
+                future.cancel()
+                raise
+        return future.result()
+    finally:
+        del future
+
+
+def _wake(loop: AbstractEventLoop, done: LoopFuture[None], _: Future[Any]) -> None:
+    """On any thread: has ``loop`` set ``done``."""
+    with contextlib.suppress(RuntimeError):  # it is closed: nobody waits
+        loop.call_soon_threadsafe(_set, done)
+
+
+def _set(done: LoopFuture[None]) -> None:
+    if not done.done():  # else it was cancelled
+        done.set_result(None)

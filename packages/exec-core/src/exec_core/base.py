@@ -395,8 +395,11 @@ class BaseExecutor(abc.ABC):
         aggregate: Callable[[list[Any]], Any] | None = None,
     ) -> Any:
         """`collective_rpc`, awaited. Without room it waits for it, within ``timeout``."""
-        call = self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate)
-        return await awaited(self._submit, call, self._room)
+        return await awaited(
+            self._submit,
+            self._new_call(method, timeout, args, kwargs, ranks, reply_ranks, max_concurrent_workers, aggregate),
+            self._room,
+        )
 
     def _report_progress(self, rank: int, done: int, total: int, what: str) -> None:
         """For backends: passes a worker's progress on."""

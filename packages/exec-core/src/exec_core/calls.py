@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from exec_core.errors import ConfigError
-from exec_core.messages import Failure, Request
+from exec_core.messages import Request
 
 
 @attrs.define(eq=False)
@@ -24,7 +24,7 @@ class Call(Request):
         max_concurrent: at most so many ranks run it at a time; None: all.
         aggregate: applied once to the list of values.
         resident: it runs until another call ends it. It takes no place among the calls in flight, and its ranks keep nobody back.
-        failure: set when a rank has failed, before its error is raised.
+        failed: rank and pid of who has failed first; set before its error is raised.
     """
 
     ranks: tuple[int, ...] = ()
@@ -34,7 +34,7 @@ class Call(Request):
     max_concurrent: int | None = None
     aggregate: Callable[[list[Any]], Any] | None = None
     resident: bool = False
-    failure: Failure | None = None
+    failed: tuple[int, int] | None = None
 
     __eq__ = object.__eq__  # two calls are two, whatever they say
     __hash__ = object.__hash__  # type: ignore[assignment] # which `Request` has not

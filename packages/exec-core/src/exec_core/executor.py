@@ -219,7 +219,10 @@ class Executor(BaseExecutor):
     async def execute_model_async(self, request: Any) -> Any:
         """`execute_model`, awaited. Several may be in flight; each rank runs them in the order of the calls."""
         if self._loop.running and (step := await self._loop.step_async(request)) is not None:
-            return await awaited_future(step)
+            try:
+                return await awaited_future(step)
+            finally:
+                del step  # its error does not refer to it
         return await awaited(self._submit, self._step_call("execute_model", request, None), self._room)
 
     async def check_health_async(self) -> None:

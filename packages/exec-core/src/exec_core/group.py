@@ -42,7 +42,7 @@ class WorkerGroup(Protocol[C_contra]):
         """How to build each worker."""
 
     def run(self, call: C_contra) -> Any:
-        """Sends ``call``, waits for its ranks, returns ``call.result(values)``, or raises with ``call.failure`` set."""
+        """Sends ``call``, waits for its ranks, returns ``call.result(values)``, or raises with ``call.failed`` set."""
 
     def submit(self, call: C_contra, wait: bool) -> Future[Any]:
         """Sends ``call`` and returns its future.

@@ -259,6 +259,7 @@ class InlineWorker:
             self._unsettled.put((job, reply))
         else:
             job.done(self._settled(job.request, reply))
+        del job, reply  # an error refers to the frames of who called: its future is not to be known here
 
     def _is_serving(self) -> bool:
         return self._threads.get(_SERVING) is threading.current_thread()

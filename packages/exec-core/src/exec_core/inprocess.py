@@ -23,7 +23,7 @@ from exec_core.deadlines import Deadlines
 from exec_core.errors import ExecutorBusyError, ExecutorClosedError, RpcTimeoutError
 from exec_core.group import WorkerInfo
 from exec_core.inline import InlineWorker, Job
-from exec_core.messages import Failure, Reply
+from exec_core.messages import Reply
 from exec_core.wrapper import WorkerWrapper
 
 
@@ -82,8 +82,14 @@ class InProcessGroup:
 
     def _outcome(self, call: Call, reply: Reply) -> Any:
         if reply.error is not None:
-            call.failure = Failure(self._rank, os.getpid(), reply.error, reply.time_ns)
-            raise reply.error
+            call.failed = self._rank, os.getpid()
+            # Raised, it refers to this frame and its callers', which have the reply. Without a cycle, what the worker held
+            # where it failed is free when the error is: the memory of a step for which that was too little, say.
+            error, reply.error = reply.error, None
+            try:
+                raise error
+            finally:
+                del error
         values = [reply.value] if call.reply_ranks else []
         return values if call.aggregate is None else call.aggregate(values)
 
@@ -123,6 +129,7 @@ class InProcessGroup:
             value = self._outcome(call, reply)
         except BaseException as error:
             future.set_exception(error)
+            del future, call  # likewise
         else:
             future.set_result(value)
 

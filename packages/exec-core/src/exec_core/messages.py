@@ -86,7 +86,7 @@ class Request:
 class Reply:
     """What became of a `Request`: a value, or an error with the monotonic time at which it was raised, in ns.
 
-    Not changed once made.
+    Not changed once made, but that its error is taken out by who raises it.
     """
 
     value: Any = None

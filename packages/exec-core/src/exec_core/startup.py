@@ -48,10 +48,11 @@ class Phases:
                 raise
             raise died(error.__cause__, phase) from error.__cause__
         except Exception as error:
-            if call.failure is None:
+            if call.failed is None:
                 raise
+            rank, pid = call.failed
             why = f"{type(error).__name__}: {error}"
-            raise WorkerStartupError(call.failure.rank, phase, why, call.failure.pid) from error
+            raise WorkerStartupError(rank, phase, why, pid) from error
         finally:
             self._running = None
             self._reports.clear()

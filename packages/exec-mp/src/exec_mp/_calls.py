@@ -85,11 +85,16 @@ class Entry(Call):
         return not self.finished and self.due <= now
 
     def outcome(self) -> Any:
-        """The value of a finished call, or its error raised."""
-        if self.error is not None:
+        """The value of a finished call, or its error raised; once."""
+        error = self.error
+        if error is not None:
             if self.failures:
-                self.failure = min(self.failures, key=lambda failure: failure.time_ns)
-            raise self.error
+                self.failed = min((failure.time_ns, failure.rank, failure.pid) for failure in self.failures)[1:]
+            self.error, self.failures = None, _NO_FAILURES  # raised, it refers to frames that have the call
+            try:
+                raise error
+            finally:
+                del error
         values, ranks = self.values, self.reply_ranks
         wanted = list(map(values.get, ranks)) if values else [None] * len(ranks)
         return wanted if self.aggregate is None else self.aggregate(wanted)
@@ -266,10 +271,10 @@ class Calls:
         """Unfinished futures that are due."""
         return [entry for entry in self._futures() if entry.is_due(now)]
 
-    def abandon(self, entry: Entry, error: BaseException) -> None:
-        """The blocking caller of ``entry`` has left, interrupted: its replies are late ones now."""
+    def abandon(self, entry: Entry) -> None:
+        """The caller of ``entry`` has left, interrupted: its replies are late ones now, and nobody asks for its outcome."""
         if not entry.finished:
-            self._finish(entry, error)
+            self._finish(entry, None)
 
     def settle(self, entry: Entry, acks: Sequence[int] = ()) -> bool:
         """Finishes an overdue call with its held-back error, or as timed out. False when it is finished already.

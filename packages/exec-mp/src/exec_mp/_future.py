@@ -34,6 +34,8 @@ def tell(entry: Entry) -> Told:
     Raises:
         KeyboardInterrupt: on the main thread; it is as if this had not been called.
     """
+    if entry.told is None and entry.error is not None:
+        entry.told = None, entry.error
     if entry.told is None:
         try:
             entry.told = entry.outcome(), None
@@ -57,15 +59,15 @@ class CallFuture(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """See `concurrent.futures.Future.result`."""
-        until = deadline_after(timeout)
-        told = self._receive(until)
-        if told is None:
-            self._awaited = True
-            return super().result(None if timeout is None else until - monotonic())
-        value, error = told
-        if error is None:
-            return value
+        until, told, error = deadline_after(timeout), None, None
         try:
+            told = self._receive(until)
+            if told is None:
+                self._awaited = True
+                return super().result(None if timeout is None else until - monotonic())
+            value, error = told
+            if error is None:
+                return value
             raise error
         finally:  # its traceback has this frame
             del self, told, error

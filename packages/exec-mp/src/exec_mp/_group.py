@@ -36,7 +36,7 @@ from exec_core.errors import (
 )
 from exec_core.group import WorkerInfo
 from exec_core.inline import InlineWorker, Job
-from exec_core.messages import Failure, Reply
+from exec_core.messages import Failure, Reply, Request
 from exec_core.wrapper import WorkerWrapper
 from exec_mp._answers import Answers
 from exec_mp._calls import DEATH_GRACE_S, Calls, Entry
@@ -119,19 +119,19 @@ class ProcessGroup:
             if inline is not None and call.job is not None:
                 self._run_inline(inline, call, call.job)
             self._receiver.wait(call)
-        except BaseException as error:  # Ctrl-C, say, also between those
-            self._leave(call, error)
+        except BaseException:  # Ctrl-C, say, also between those
+            self._leave(call)
             raise
         if self._room.line:
             self._room.made()
         return call.outcome()
 
-    def _leave(self, call: Entry, error: BaseException) -> None:
+    def _leave(self, call: Entry) -> None:
         """The caller of ``call`` no longer waits for it. One that was not sent may be tried again."""
         if not call.sent:
             return
         with self._lock:
-            self._calls.abandon(call, error)
+            self._calls.abandon(call)
         if self._inline is not None and call.job is not None:
             self._inline.leave(call.job, late=functools.partial(self._local_reply, call))
         self._receiver.look_again()
@@ -163,8 +163,8 @@ class ProcessGroup:
             self._send(call, wait)
             if not (isinstance(future, CallFuture) and future.receive_at_once()):
                 self._receiver.future_added(call)
-        except BaseException as error:
-            self._leave(call, error)
+        except BaseException:
+            self._leave(call)
             raise
         return future
 
@@ -198,8 +198,8 @@ class ProcessGroup:
                             self._open_gates()
                         return
                     self._withdraw(call)
-                except BaseException as error:
-                    self._cut_short(call, error)
+                except BaseException:
+                    self._cut_short(call)
                     raise
             if not wait or not self._receiver.wait_for_room(call.deadline):
                 self._raise_no_room(call)
@@ -216,7 +216,7 @@ class ProcessGroup:
         with self._lock:
             self._calls.withdraw(call)
 
-    def _cut_short(self, call: Entry, error: BaseException) -> None:
+    def _cut_short(self, call: Entry) -> None:
         """The sending of ``call`` has failed, or Ctrl-C has come; perhaps when ranks had been told of it, which will run it."""
         inline, job = self._inline, call.job
         runs_here = (
@@ -227,7 +227,7 @@ class ProcessGroup:
             return
         self._channel.wake_all()  # the call is in their ring, and nothing else may come to wake them for it
         with self._lock:
-            self._calls.abandon(call, error)
+            self._calls.abandon(call)
             if inline is not None and not runs_here and 0 in call.ranks:
                 self._calls.value(0, call.id, None)
             call.sent = True  # so that no rank stays before a closed gate
@@ -246,25 +246,28 @@ class ProcessGroup:
             self._withdraw(entry)
             return False
 
-        entry.job = Job(entry, start, functools.partial(self._local_reply, entry))
+        # A request of its own: what it raises refers to frames that have it, and the call knows the future.
+        request = Request(entry.method, entry.args, entry.kwargs, entry.wants_value)
+        entry.job = Job(request, start, functools.partial(self._local_reply, entry))
         inline.enqueue(entry.job)
 
     def _local_reply(self, entry: Entry, reply: Reply) -> None:
         """Rank 0's, which runs here."""
         entry.job = None  # which refers to it: nothing of a call is to wait for the garbage collector
+        error, reply.error = reply.error, None  # likewise: it refers to frames that have the reply
         with self._lock:
-            if reply.error is None:
+            if error is None:
                 value = reply.value if 0 in entry.reply_ranks else None
                 closed = self._calls.value(0, entry.id, value)
             else:
-                failure = Failure(0, os.getpid(), reply.error, reply.time_ns)
+                failure = Failure(0, os.getpid(), error, reply.time_ns)
                 closed = self._calls.error(entry.id, failure, monotonic())
             if self._calls.gated:
                 self._answers.open_gates()
         if closed and entry.late is None:
             self._answers.deliver(entry)
             self._receiver.act()
-        elif reply.error is not None:
+        elif error is not None:
             self._receiver.look_again()
 
     @staticmethod

@@ -111,8 +111,8 @@ class Receiver:
                     break
                 if entry.is_due(monotonic()):
                     self._settle([entry])
-        except BaseException as error:
-            self._left(entry, error)
+        except BaseException:
+            self._left(entry)
             raise
         if entry.waiter is not None:
             self._step_down(None)  # a promotion that this caller no longer needed goes on to the next
@@ -174,10 +174,10 @@ class Receiver:
             if entry.is_due(monotonic()):
                 self._settle([entry])
 
-    def _left(self, entry: Entry, error: BaseException) -> None:
+    def _left(self, entry: Entry) -> None:
         """The caller of ``entry`` no longer waits for it; Ctrl-C may have come in the middle of anything."""
         with self._lock:
-            self._calls.abandon(entry, error)
+            self._calls.abandon(entry)
         self._unfollow(entry)
         self.stop_reading_for(entry)
         self.look_again()

@@ -55,8 +55,12 @@ class SpmdGroup(InProcessGroup):
         if not isinstance(reply, Outcome):
             return super()._outcome(call, reply)
         if reply.raised is not None:
-            call.failure = reply.failure
-            raise reply.raised
+            call.failed = reply.failed
+            error, reply.raised = reply.raised, None
+            try:
+                raise error
+            finally:
+                del error
         return call.result(reply.values)
 
     def close(self, error: BaseException, deadline: float) -> None:

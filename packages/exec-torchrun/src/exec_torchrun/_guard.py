@@ -100,7 +100,10 @@ class GuardedWrapper(WorkerWrapper):
         if error is None and link.agree(self._turn, plan.deadline, None, body, None):
             self._turn += 1
             return Outcome(values=self._values(plan, value, link.values() if plan.gather else ()))
-        return self._end_by_frame(link, plan, value, error, body)
+        try:
+            return self._end_by_frame(link, plan, value, error, body)
+        finally:
+            del reply, error  # which refers to this frame
 
     def _end_by_frame(
         self, link: Link, plan: Plan, value: Any, error: BaseException | None, body: bytes | None
@@ -147,7 +150,10 @@ class GuardedWrapper(WorkerWrapper):
                     return reply, verdict
             if self._index in plan.ranks[start : start + at_once]:
                 reply = self._local(plan)
-        return reply, None
+        try:
+            return reply, None
+        finally:
+            del reply  # its error refers to this frame
 
     def _word(self, plan: Plan, kind: Kind, parts: tuple[Part, ...]) -> Frame:
         self._turn += 1
@@ -164,11 +170,13 @@ class GuardedWrapper(WorkerWrapper):
         """Runs it here without a word to the others."""
         if self._index not in plan.ranks:
             return Outcome()
-        reply = self._local(plan)
-        value, error, _ = self._settled(plan, reply)
-        if error is not None:
+        value, error, _ = self._settled(plan, self._local(plan))
+        if error is None:
+            return Outcome(values=[value] if self._index in plan.reply_ranks else [])
+        try:
             return Reply.of_error(error)
-        return Outcome(values=[value] if self._index in plan.reply_ranks else [])
+        finally:
+            del error  # which refers to this frame
 
     def _settled(self, plan: Plan, reply: Reply) -> tuple[Any, BaseException | None, bytes | None]:
         """The value or the error of this rank, and what the others get of it."""
@@ -216,7 +224,7 @@ class GuardedWrapper(WorkerWrapper):
                 f"ranks {inside} did not come out of the call: the process groups were given up, call restart() on every rank"
             )
             self._give_up(error, own)
-        return Outcome(raised=error, failure=failures[0])
+        return Outcome(raised=error, failed=(failures[0].rank, failures[0].pid))
 
     def _refused(self, plan: Plan, verdict: Frame, own: BaseException | None = None) -> Outcome:
         """The ranks have not come to the call, or out of it, together."""

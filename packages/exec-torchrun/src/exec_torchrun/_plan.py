@@ -37,14 +37,14 @@ class Plan(Call):
 
 @attrs.define  # not frozen: one is made for every call
 class Outcome(Reply):
-    """How a call ended on all ranks: with the values of its reply ranks, or with an error, and whose it is.
+    """How a call ended on all ranks: with the values of its reply ranks, or with an error, and whose it is, as rank and pid.
 
-    Not changed once made. ``value`` and ``error`` are empty: they would be this rank's own.
+    Not changed once made, but that what is raised is taken out. ``value`` and ``error`` are empty: they would be this rank's own.
     """
 
     values: list[Any] = attrs.field(factory=list)
     raised: BaseException | None = None
-    failure: Failure | None = None
+    failed: tuple[int, int] | None = None
 
 
 def diverged(calls: dict[int, str], apart_s: float | None) -> RankDivergenceError:

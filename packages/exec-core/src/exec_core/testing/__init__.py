@@ -28,6 +28,7 @@ _PARTS = (
     "failures",
     "futures",
     "lifecycle",
+    "memory",
     "start",
     "values",
 )

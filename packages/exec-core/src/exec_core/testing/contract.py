@@ -10,6 +10,7 @@ from exec_core.testing.failures import FailureContract
 from exec_core.testing.futures import FutureContract
 from exec_core.testing.lifecycle import LifecycleContract
 from exec_core.testing.loop import LoopContract
+from exec_core.testing.memory import MemoryContract
 from exec_core.testing.start import StartContract
 from exec_core.testing.values import ValueContract
 
@@ -25,6 +26,7 @@ class ExecutorContract(
     LifecycleContract,
     StartContract,
     EnvironmentContract,
+    MemoryContract,
 ):
     """Subclass it in a test module, say which backend and which world, and run it with pytest.
 

@@ -280,24 +280,6 @@ class ValueContract(ContractBase):
         """None comes back as None, one for each rank."""
         assert [None] * len(self.world()) == executor.collective_rpc(back, args=(None,))
 
-    def test_arguments_are_not_kept(self, executor: Executor) -> None:
-        """A worker's process lets go of the arguments of a call that is over."""
-        import gc
-        import weakref
-
-        class Big:
-            pass
-
-        def remember(worker: Any, value: Any) -> None:
-            worker.remembered = weakref.ref(value)
-
-        def is_gone(worker: Any) -> bool:
-            gc.collect()
-            return worker.remembered() is None
-
-        executor.collective_rpc(remember, args=(Big(),))
-        assert [True] * len(self.world()) == executor.collective_rpc(is_gone)
-
     def test_module_functions_travel_by_name(self, executor: Executor) -> None:
         """A function of a module that workers can import is theirs, not a copy."""
         assert [True] * len(self.world()) == executor.collective_rpc(
