@@ -59,7 +59,12 @@ class Executor(BaseExecutor):
         the loop.
         """
         if self._loop.running and (step := self._loop.step(request)) is not None:
-            return step if non_block else step.result()
+            if non_block:
+                return step
+            try:
+                return step.result()
+            finally:
+                del step  # its error does not refer to it
         call = self._step_call("execute_model", request, None)
         group = self._group or self._open_group(call)
         return group.submit(call, wait=True) if non_block else group.run(call)
@@ -222,7 +227,7 @@ class Executor(BaseExecutor):
             try:
                 return await awaited_future(step)
             finally:
-                del step  # its error does not refer to it
+                del step  # likewise
         return await awaited(self._submit, self._step_call("execute_model", request, None), self._room)
 
     async def check_health_async(self) -> None:

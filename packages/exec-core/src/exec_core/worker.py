@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import attrs
 
+from exec_core import messages
 from exec_core.context import WorkerContext
 from exec_core.errors import ConfigError, ExecutorError
 
@@ -108,9 +109,15 @@ class Worker:
             return request
         if self.context.groups is None:
             raise ExecutorError("the execution loop needs process groups; distributed_backend='none' makes none")
-        group, box = self.context.groups.tp, [request]
+        group = self.context.groups.tp
+        box: list[Any] = [b"", 0]
+        if (
+            self.context.is_driver_worker
+        ):  # torch would pickle it by rules of its own: a class of ``__main__`` would not arrive
+            encoded = messages.encode(request, "the step's request")
+            box = [b"".join(encoded.parts), int(encoded.format)]
         dist.broadcast_object_list(box, src=group.ranks[0], group=group.cpu_group)
-        return box[0]
+        return request if self.context.is_driver_worker else messages.decode(memoryview(box[0]), box[1])
 
     def check_health(self) -> None:
         """Raises when this worker cannot go on.

@@ -46,6 +46,23 @@ class LoopContract(ContractBase):
 
         assert [(executor.output_rank, n) for n in range(3)] == asyncio.run(main())
 
+    def test_step_of_a_class_that_only_the_caller_has(self, executor: Executor) -> None:
+        """It travels by value, as with any call: from the driver to its TP drivers, and from those to their groups."""
+
+        class Step:
+            def __init__(self, number: int) -> None:
+                self.number = number
+
+        self.steps(executor)
+        executor.start_worker_execution_loop()
+        rank, step = executor.execute_model(Step(3))
+        executor.stop_remote_worker_execution_loop()
+
+        assert (executor.output_rank, 3) == (rank, step.number)
+        numbers = executor.collective_rpc(lambda worker: [step.number for _, step in worker.journal])
+        assert [[3]] * len(self.world()) == numbers
+        self.steps(executor)
+
     def test_none_ends_the_execution_loop(self, executor: Executor) -> None:
         """A step of None ends the loop, as stopping it does."""
         ended = executor.start_worker_execution_loop()
