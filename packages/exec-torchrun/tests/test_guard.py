@@ -170,6 +170,11 @@ def test_the_guard_can_be_off(job: Any) -> None:
     ]
 
 
+def test_without_the_guard_what_a_failed_call_held_goes_with_its_error(job: Any) -> None:
+    """As with it, which the contract holds: it does not wait for the garbage collector."""
+    assert [[True]] * 4 == [outcome["value"] for outcome in job.of_all("unguarded_let_go")]
+
+
 def test_different_configurations_are_told_before_anything_is_started(job: Any) -> None:
     """Ranks that start with other configurations all hear of it, with what each has."""
     for outcome in job.of_all("other_config"):

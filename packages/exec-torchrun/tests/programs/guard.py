@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from typing import ClassVar
 
 import torch
@@ -22,6 +24,16 @@ class GuardWorker(workers.EchoWorker):
         if self.context.rank == rank:
             raise KeyError("layer", rank)
         return self.context.rank
+
+    def fail_holding(self) -> None:
+        """Raises while it has something in a variable, see `has_let_go`."""
+        held = type("Held", (), {})()
+        self._held = weakref.ref(held)
+        raise KeyError
+
+    def has_let_go(self) -> bool:
+        """Whether that is gone."""
+        return self._held() is None
 
     def fail_before_collective(self, rank: int) -> None:
         """Raises on one rank while the others wait for it in a collective."""
@@ -161,6 +173,11 @@ with Unguarded(config(GuardWorker, Unguarded, tp=4)) as unguarded:
         unguarded_gather=outcome(unguarded.collective_rpc, "where", args=(RANK,), gather=True),
         unguarded_error=outcome(unguarded.collective_rpc, "fail_on", args=(2,)),
     )
+    gc.collect()
+    gc.disable()
+    outcome(unguarded.collective_rpc, "fail_holding")
+    record(unguarded_let_go=outcome(unguarded.collective_rpc, "has_let_go"))
+    gc.enable()
 
 record(
     other_config=outcome(

@@ -28,6 +28,10 @@ def _blocking(executor: Executor, method: Any, *args: Any) -> Any:
     return executor.collective_rpc(method, 30.0, args)
 
 
+def _staggered(executor: Executor, method: Any, *args: Any) -> Any:
+    return executor.collective_rpc(method, 30.0, args, max_concurrent_workers=1)
+
+
 def _future(executor: Executor, method: Any, *args: Any) -> Any:
     return executor.collective_rpc(method, 30.0, args, non_block=True).result(30.0)
 
@@ -53,7 +57,9 @@ def _awaited(executor: Executor, method: Any, *args: Any) -> Any:
     return asyncio.run(executor.collective_rpc_async(method, 30.0, args))
 
 
-WAYS: dict[str, Way] = {way.__name__.strip("_"): way for way in (_blocking, _future, _future_elsewhere, _awaited)}
+WAYS: dict[str, Way] = {
+    way.__name__.strip("_"): way for way in (_blocking, _staggered, _future, _future_elsewhere, _awaited)
+}
 
 
 @contextlib.contextmanager
