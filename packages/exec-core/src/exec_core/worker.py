@@ -111,9 +111,8 @@ class Worker:
             raise ExecutorError("the execution loop needs process groups; distributed_backend='none' makes none")
         group = self.context.groups.tp
         box: list[Any] = [b"", 0]
-        if (
-            self.context.is_driver_worker
-        ):  # torch would pickle it by rules of its own: a class of ``__main__`` would not arrive
+        if self.context.is_driver_worker:
+            # Torch would pickle it by rules of its own: an object of a class of ``__main__`` would not arrive.
             encoded = messages.encode(request, "the step's request")
             box = [b"".join(encoded.parts), int(encoded.format)]
         dist.broadcast_object_list(box, src=group.ranks[0], group=group.cpu_group)

@@ -21,7 +21,7 @@ from typing import Any
 import attrs
 
 from exec_core.calls import Call
-from exec_core.errors import RpcTimeoutError
+from exec_core.errors import ExecutorError, RpcTimeoutError
 from exec_core.messages import Failure, first_failure
 
 DEATH_GRACE_S = 0.02  # an error reply waits so long for a death: a victim's peers often complain before it is reported
@@ -272,9 +272,9 @@ class Calls:
         return [entry for entry in self._futures() if entry.is_due(now)]
 
     def abandon(self, entry: Entry) -> None:
-        """The caller of ``entry`` has left, interrupted: its replies are late ones now, and nobody asks for its outcome."""
-        if not entry.finished:
-            self._finish(entry, None)
+        """The caller of ``entry`` has left, interrupted: its replies are late ones now."""
+        if not entry.finished:  # not with what interrupted it, which refers to frames that have the entry
+            self._finish(entry, ExecutorError(f"the caller of {entry.name!r} was interrupted"))
 
     def settle(self, entry: Entry, acks: Sequence[int] = ()) -> bool:
         """Finishes an overdue call with its held-back error, or as timed out. False when it is finished already.
