@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import Future
-from concurrent.futures._base import FINISHED
+from concurrent.futures._base import FINISHED, RUNNING
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class CallFuture(Future[Any]):
 
     def __init__(self, entry: Entry, receiver: Receiver, room: Room) -> None:
         super().__init__()
+        self._state = RUNNING  # a reply may come before it has been sent to all
         self._call: tuple[Entry, Receiver] | None = entry, receiver  # until it is set: these know the future as well
         self._room = room
         # The condition itself is not taken in one step: Ctrl-C could leave it taken.

@@ -157,8 +157,8 @@ class ProcessGroup:
         if not call.ranks:
             future.set_result(call.result([]))
             return future
-        if self._inline is None or call.ranks != (0,):
-            future.set_running_or_notify_cancel()  # a reply may come before it has been sent to all
+        if self._inline is not None and call.ranks != (0,):
+            future.set_running_or_notify_cancel()  # as the other
         try:
             self._send(call, wait)
             if not (isinstance(future, CallFuture) and future.receive_at_once()):
