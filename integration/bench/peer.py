@@ -35,9 +35,9 @@ class Peer(abc.ABC):
     def in_flight(self, count: int, window: int) -> None:
         """``count`` calls of ``noop`` on all workers, ``window`` of them under way at a time."""
 
-    def step(self, busy_s: float, payload: object) -> None:
-        """One step of a model: all workers are busy, the first one answers."""
-        self.call("step", busy_s, payload, one_reply=True)
+    def step(self, busy_s: float, payload: object, one_reply: bool) -> None:
+        """One step of a model: all workers are busy, and all of them answer, or with ``one_reply`` the first one only."""
+        self.call("step", busy_s, payload, one_reply=one_reply)
 
     def measure(self, workload: str, params: Mapping[str, Any]) -> Metrics | None:
         """For a peer that measures by itself: what `bench.workloads` would return. None: the workload calls `call`."""

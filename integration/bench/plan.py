@@ -49,8 +49,8 @@ def _send(name: str, group: str, title: str, nbytes: int, **changes: Any) -> Cas
     return replace(case, **changes)
 
 
-def _cadence(name: str, title: str, busy_s: float, steps: int, **changes: Any) -> Case:
-    params = {"nbytes": 8 * KIB, "busy_s": busy_s, "pause_s": 0.002, "steps": steps}
+def _cadence(name: str, title: str, busy_s: float, steps: int, one_reply: bool = True, **changes: Any) -> Case:
+    params = {"nbytes": 8 * KIB, "busy_s": busy_s, "pause_s": 0.002, "steps": steps, "one_reply": one_reply}
     metrics = ("added_p50_us", "added_p99_us", "cores")
     return replace(Case(name, "cadence", title, "cadence", params, metrics, ns=(1, 2, 4)), **changes)
 
@@ -77,6 +77,9 @@ CASES = (
         "fetch", {"nbytes": 2 * MIB, "calls": 200, "limit_s": 0.7},
     ),
     _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 100, turns=6),
+    _cadence(
+        "cadence_all", "the same, every worker answers", 0.008, 100, turns=6, ns=(2, 4), one_reply=False,
+    ),
     Case(
         "in_flight", "in-flight", "no-ops with 32 in flight",
         "in_flight", {"calls": 20_000, "window": 32, "limit_s": 1.0}, ("calls_per_s",),

@@ -56,11 +56,11 @@ def fetch(peer: Peer, *, nbytes: int, calls: int, limit_s: float) -> Metrics:
     return _latency(lambda: peer.call("give", nbytes), calls, limit_s, limit_s / 2)
 
 
-def cadence(peer: Peer, *, nbytes: int, busy_s: float, pause_s: float, steps: int) -> Metrics:
+def cadence(peer: Peer, *, nbytes: int, busy_s: float, pause_s: float, steps: int, one_reply: bool = True) -> Metrics:
     """Steps as decoding makes them: how long they take beyond the work itself, and their cost in processor time."""
     payload = bytes(nbytes)
     for _ in range(5):
-        peer.step(busy_s, payload)
+        peer.step(busy_s, payload, one_reply)
     driver = os.getpid()
     workers = [pid for pid in procfs.tree(driver) if pid != driver]
     cpu = procfs.cpu_seconds([driver]), procfs.cpu_seconds(workers)
@@ -68,7 +68,7 @@ def cadence(peer: Peer, *, nbytes: int, busy_s: float, pause_s: float, steps: in
     added = []
     for _ in range(steps):
         began = time.perf_counter()
-        peer.step(busy_s, payload)
+        peer.step(busy_s, payload, one_reply)
         added.append((time.perf_counter() - began - busy_s) * 1e6)
         time.sleep(pause_s)
     seconds = time.perf_counter() - started

@@ -63,8 +63,8 @@ class ExecMp(Peer):
         """`collective_rpc`: every rank has acknowledged when it returns, whoever's value was wanted."""
         return self._executor.collective_rpc(method, args=args, reply_ranks=(0,) if one_reply else None)
 
-    def step(self, busy_s: float, payload: object) -> None:
-        """`execute_model`."""
+    def step(self, busy_s: float, payload: object, one_reply: bool) -> None:
+        """`execute_model`, which returns when every rank has acknowledged, as `call` does."""
         self._executor.execute_model((busy_s, payload))
 
     def in_flight(self, count: int, window: int) -> None:
