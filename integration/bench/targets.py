@@ -68,11 +68,9 @@ def _payloads(results: Results) -> Iterator[Target]:
 
 def _cadence(results: Results) -> Iterator[Target]:
     for n in (1, 2, 4):
-        # Where every worker answers: that is what a step of ours waits for, so it is the same work on both sides.
-        case = "cadence" if n == 1 else "cadence_all"
         for metric, what in (("added_p50_us", "time added, p50"), ("added_p99_us", "time added, p99")):
-            yield _ratio(results, f"decode cadence, {what}", case, n, "vllm", 1.0, metric)
-        yield _ratio(results, "decode cadence, processor time", case, n, "vllm", 0.1, "cores")
+            yield _ratio(results, f"decode cadence, {what}", "cadence", n, "vllm", 1.0, metric)
+        yield _ratio(results, "decode cadence, processor time", "cadence", n, "vllm", 0.1, "cores")
     for peer, what in ((BARE, "without process groups"), (OURS, "with gloo's threads")):
         yield _value(results, f"8 idle workers, {what}: cores in all", "idle", peer, 8, "cores", 0.01, "cores")
 

@@ -1,7 +1,7 @@
 """One generation of workers: their processes, their channel, the calls in flight.
 
     run/submit -> encode -> Calls.open -> DriverChannel.publish ==> workers
-    caller <- Calls.acknowledge, value or error <- Answers <- Receiver <- DriverChannel.look <==
+    caller <- Calls.acknowledge, value or error <- Answers <- Reader, led by Receiver <- DriverChannel.glance <==
 
 With ``driver_worker="inline"`` rank 0 is an `InlineWorker` here, and takes its place in the order of sending under the same
 lock as the publishing to the other ranks.
@@ -158,7 +158,7 @@ class ProcessGroup:
             future.set_result(call.result([]))
             return future
         if self._inline is not None and call.ranks != (0,):
-            future.set_running_or_notify_cancel()  # as the other
+            future.set_running_or_notify_cancel()  # as a `CallFuture` does from the start
         try:
             self._send(call, wait)
             if not (isinstance(future, CallFuture) and future.receive_at_once()):

@@ -28,6 +28,7 @@ _PARTS = (
     "failures",
     "futures",
     "lifecycle",
+    "loop",
     "memory",
     "start",
     "values",
