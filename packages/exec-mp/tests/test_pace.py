@@ -117,7 +117,7 @@ def test_waits_of_another_length_become_the_usual_ones() -> None:
 
 def test_odd_waits_now_and_then_do_not_keep_the_others_asleep() -> None:
     """A busy machine takes the processor from one step in ten; the others are met awake all the same, most of them."""
-    waiter, awake = Waiter(room=0.4), 0
+    waiter, awake = Waiter(room=2 / 3), 0
     for step in range(300):
         waiter.waits(0.014 if step % 10 == 9 else 0.01 + 20e-6 * (step % 3))
         awake += waiter.was_awake
@@ -214,7 +214,7 @@ def test_with_little_room_a_waiter_is_awake_less_early() -> None:
     chance = random.Random(7)  # noqa: S311 # no secret
     takes_s = [0.01 + chance.gauss(0, 2e-4) for _ in range(2000)]
     (much_s, often), (little_s, seldom), (least_s, never) = (
-        yielded_through(*takes_s, room=room) for room in (1.0, 0.5, 0.2)
+        yielded_through(*takes_s, room=room) for room in (1.0, 0.7, 0.4)
     )
 
     assert much_s > 1.3 * little_s > 2 * least_s

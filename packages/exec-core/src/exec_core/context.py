@@ -10,7 +10,7 @@ import attrs
 
 from exec_core import distributed, private
 from exec_core.config import ExecutorConfig
-from exec_core.drowsy import doze
+from exec_core.drowsy import doze, rouse
 from exec_core.errors import ConfigError, WorldJoinError
 
 ReportProgress = Callable[[int, int, str], None]
@@ -197,6 +197,8 @@ class WorkerContext:
         """Leaves the world, if any."""
         membership, self._membership, self.groups = self._membership, None, None
         if membership is not None:
+            if not self.in_driver:
+                rouse()
             membership.leave()
 
     def abort(self) -> None:

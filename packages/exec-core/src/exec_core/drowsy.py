@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _SLACK_NS = 10_000_000  # they look half as often; joining and leaving wait for such a look a time or two
-_DOZE_NS = 90_000_000  # a tenth as often; leaving may take that long for each peer
+_DOZE_NS = 290_000_000  # a thirtieth as often; then leaving would take that long for each peer
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # of linux/prctl.h
 _GLOO = "gloo_tcp_loop"  # what torch's build of gloo calls them
 
@@ -34,10 +34,19 @@ def doze() -> None:
 
     Only where the system lets this process say so of another thread (CAP_SYS_NICE).
     """
+    _allow(_DOZE_NS)
+
+
+def rouse() -> None:
+    """Undoes `doze`, from the next time-out of each thread on: before groups are left, which waits for many in turn."""
+    _allow(_SLACK_NS)
+
+
+def _allow(slack_ns: int) -> None:
     for thread in os.listdir("/proc/self/task"):
         with suppress(OSError):
             with open(f"/proc/self/task/{thread}/comm", encoding="utf-8") as file:
                 name = file.read().strip()
             if name == _GLOO:
                 with open(f"/proc/{thread}/timerslack_ns", "w", encoding="utf-8") as file:
-                    file.write(str(_DOZE_NS))
+                    file.write(str(slack_ns))

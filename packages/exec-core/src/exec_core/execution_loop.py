@@ -37,6 +37,7 @@ class ExecutionLoop:
         self.running = False  # written under _lock
         self._lock = threading.Lock()
         self._inside: dict[int, Future[Any]] = {}  # each looping rank's call
+        self._gone: set[int] = set()  # of these ranks, those that have left for good, as far as is known
         self._steps: set[Future[Any]] = set()  # in flight; whoever removes one finishes it
         self._error: BaseException | None = None  # the first of a rank that has left its loop
         self._raised = False  # a step has raised it
@@ -65,7 +66,7 @@ class ExecutionLoop:
             self.running, self._error, self._raised, self._stop = True, None, False, None
         size = executor.config.parallel.tensor_parallel_size
         others = [rank for rank in range(executor.world_size) if rank % size]
-        left: list[Future[Any]] = []
+        left: list[None] = []
         try:
             for rank in others:
                 self._enter(rank).add_done_callback(functools.partial(self._count_out, left, len(others), ended))
@@ -79,7 +80,9 @@ class ExecutionLoop:
 
     def _enter(self, rank: int) -> Future[Any]:
         inside = self._executor.enter_loop(rank)
-        self._inside[rank] = inside
+        with self._lock:
+            self._inside[rank] = inside
+            self._gone.discard(rank)
         inside.add_done_callback(functools.partial(self._left, rank))
         return inside
 
@@ -89,6 +92,7 @@ class ExecutionLoop:
             if self._inside.get(rank) is not left:
                 return
             self._inside[rank] = Future()  # as good as inside: the loop has not ended
+            self._gone.discard(rank)
         try:
             self._enter(rank)
         except BaseException:
@@ -96,8 +100,8 @@ class ExecutionLoop:
             raise
 
     @staticmethod
-    def _count_out(left: list[Future[Any]], total: int, ended: Future[Any], inside: Future[Any]) -> None:
-        left.append(inside)  # atomic
+    def _count_out(left: list[None], total: int, ended: Future[Any], inside: Future[Any]) -> None:
+        left.append(None)  # atomic
         error = inside.exception()
         if error is not None and not ended.done():
             ended.set_exception(error)
@@ -199,14 +203,21 @@ class ExecutionLoop:
             if self._stop is not None and not self._executor.is_down:
                 self._enter_again(rank, inside)  # its driver's None is still to come
                 return
+        with self._lock:
+            if self._inside.get(rank) is inside:
+                self._gone.add(rank)
         self._left_all()
 
     def _left_all(self) -> None:
         """Finishes the step that ends the loop, when its drivers have run it and all ranks have left."""
-        stop = self._stop
-        if stop is not None and not self.running and all(inside.done() for inside in self._inside.values()):
+        with self._lock:
+            stop, error = self._stop, None if self._raised else self._error
+            if stop is None or self.running or not self._gone.issuperset(self._inside):
+                return
             self._inside.clear()
-            self._finish(stop, None if self._raised else self._error)
+            self._gone.clear()
+            self._stop = self._error = None  # what has raised the error has the request of a step
+        self._finish(stop, error)
 
     def _finish(self, step: Future[Any], error: BaseException | None, value: Any = None) -> None:
         with self._lock:

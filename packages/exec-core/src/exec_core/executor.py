@@ -111,7 +111,10 @@ class Executor(BaseExecutor):
     def stop_remote_worker_execution_loop(self) -> None:
         """Ends the loop, if it runs, and raises what a rank raised in it."""
         if (end := self._loop.step(None)) is not None:
-            end.result()
+            try:
+                end.result()
+            finally:
+                del end  # likewise
 
     def determine_num_available_blocks(self) -> tuple[int, int]:
         """KV blocks that fit on every rank: ``(num_gpu_blocks, num_cpu_blocks)``, the minimum over the ranks.

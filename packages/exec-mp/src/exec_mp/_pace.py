@@ -21,6 +21,7 @@ _LEAST_S = 20e-6  # to be earlier by less means nothing to a scheduler
 _SHARE = 1 / 10  # of a wait, at most, to be spent on being awake in time
 _EARLY = 2.5  # times `spin_s`: how much earlier than usual to be awake at most, with a processor of its own
 _LONGER = 2.0  # times `spin_s`: how much longer to stay awake than it usually takes at most
+_OTHERS = 0.5  # times `spin_s`: how long to yield for the other ranks once one has answered, before sleeping again
 
 
 class Pace:
@@ -32,6 +33,7 @@ class Pace:
 
     Attributes:
         spin_until: until when to yield.
+        others_s: how long to yield when the first of several has come.
         slept: whether there was a `rest` since `begin`.
         came: to be set when a wait in which that is so is over. What is learnt from it has time until the next one begins:
             now there is something to do.
@@ -39,7 +41,8 @@ class Pace:
 
     def __init__(self, spin_s: float, room: float = 1.0) -> None:
         self.spin_s = self._patience_s = spin_s
-        self._earliest_s = _EARLY * spin_s * room
+        self.others_s = _OTHERS * spin_s
+        self._earliest_s = _EARLY * spin_s * room**2  # who keeps others from running makes them late as well
         self.spin_until = self.came = self._began = 0.0
         self.slept = False
         self._awake_at = math.inf  # end of the nap that is being taken

@@ -82,7 +82,7 @@ class Reader:
                 else:
                     return False
                 if pace.slept and now >= pace.spin_until:
-                    pace.spin_until = now + pace.spin_s  # the other ranks will not be long
+                    pace.spin_until = now + pace.others_s  # the other ranks will not be long
             elif now < pace.spin_until:
                 sched_yield()
             elif now >= entry.due or now >= until:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from exec_core.executor import Executor
-from exec_core.testing.base import ContractBase
+from exec_core.testing import workers
+from exec_core.testing.base import GROUPS, ContractBase, Start
 from exec_core.testing.sync import eventually
 
 Way = Callable[..., Any]
@@ -90,6 +91,15 @@ async def _fails_when_awaited(executor: Executor, method: Any, *args: Any) -> bo
     return False
 
 
+def _fails_in_the_loop(executor: Executor, request: Any) -> bool:
+    try:
+        executor.execute_model(request)
+        executor.stop_remote_worker_execution_loop()
+    except ValueError:
+        return True
+    return False
+
+
 class MemoryContract(ContractBase):
     """Nothing of a call outlives it."""
 
@@ -147,3 +157,24 @@ class MemoryContract(ContractBase):
             eventually(lambda: gone() is None)
             assert [True] * len(self.world()) == executor.collective_rpc(is_gone)
         executor.collective_rpc(lambda worker: gc.enable())
+
+    def test_what_a_failed_step_held_goes_with_the_execution_loop(self, start: Start) -> None:
+        """The request in the driver, at the latest when the loop has ended."""
+
+        class Big:
+            pass
+
+        class Fails(workers.EchoWorker):
+            def execute_model(self, request: Any) -> Any:  # which a worker in this process must not keep
+                if self.context.rank == self.context.world_size - 1:
+                    raise ValueError
+
+        executor = start(Fails, device=GROUPS)
+        with _no_collection():
+            executor.start_worker_execution_loop()
+            request = Big()
+            gone = weakref.ref(request)
+            assert _fails_in_the_loop(executor, request)
+            executor.stop_remote_worker_execution_loop()
+            del request
+            eventually(lambda: gone() is None)
