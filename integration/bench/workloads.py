@@ -56,7 +56,7 @@ def fetch(peer: Peer, *, nbytes: int, calls: int, limit_s: float) -> Metrics:
     return _latency(lambda: peer.call("give", nbytes), calls, limit_s, limit_s / 2)
 
 
-def cadence(peer: Peer, *, nbytes: int, busy_s: float, pause_s: float, steps: int, one_reply: bool = True) -> Metrics:
+def cadence(peer: Peer, *, nbytes: int, busy_s: float, pause_s: float, steps: int, one_reply: bool) -> Metrics:
     """Steps as decoding makes them: how long they take beyond the work itself, and their cost in processor time."""
     payload = bytes(nbytes)
     for _ in range(5):

@@ -38,11 +38,14 @@ class TwoRanks:
     def __init__(self) -> None:
         self.entered: list[SlowlyTold] = []
         self.driven: Future[Any] = Future()
+        self.down: Exception | None = None
 
     def check_open(self, method: str) -> None:
         """It is."""
 
     def enter_loop(self, _rank: int) -> Future[Any]:
+        if self.down is not None:
+            raise self.down
         self.entered.append(SlowlyTold())
         return self.entered[-1]
 
@@ -69,4 +72,24 @@ def test_rank_that_has_just_failed_is_sent_in_for_the_end() -> None:
     with pytest.raises(ValueError, match="in the loop"):
         end.result(0)
     assert isinstance(ended.exception(0), ValueError)
+    assert loop.step(None) is None
+
+
+@pytest.mark.parametrize("seen_first", [False, True])
+def test_end_of_a_loop_whose_executor_goes_down(seen_first: bool) -> None:
+    """A rank that can no longer be sent in for the end is gone: who stops the loop is told why, and nobody waits for ever."""
+    ranks = TwoRanks()
+    loop = ExecutionLoop(cast("Executor", ranks))
+    loop.start()
+    ranks.entered[0].set_exception(ValueError("in the loop"))
+    ranks.down = RuntimeError("down")
+    if seen_first:
+        ranks.entered[0].tell()
+    end = loop.step(None)
+    assert end is not None
+    ranks.driven.set_result(None)
+    ranks.entered[0].tell()
+
+    with pytest.raises((ValueError, RuntimeError), match="in the loop|down"):
+        end.result(0)
     assert loop.step(None) is None

@@ -194,24 +194,49 @@ def test_timed_waits_of_workers_are_precise(launch: Launch, start_method: str) -
     assert ["1000\n"] == launch(1, rpc={"start_method": start_method}).collective_rpc(slack)
 
 
-def test_threads_of_gloo_doze(launch: Launch) -> None:
-    """They wake each worker up a few times a second instead of fifty times, where the system lets it say so."""
+def slacks_of_gloo() -> list[str]:
+    """By how many ns the threads of gloo's in this process may be late."""
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{thread}/comm", encoding="utf-8") as file:
+            is_gloo = file.read() == "gloo_tcp_loop\n"
+        if is_gloo:
+            try:
+                with open(f"/proc/{thread}/timerslack_ns", encoding="ascii") as file:
+                    found.append(file.read().strip())
+            except PermissionError:
+                found.append("may not be seen")
+    return found
 
-    def look(worker: Any) -> list[str]:
-        found = []
-        for thread in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{thread}/comm", encoding="utf-8") as file:
-                is_gloo = file.read() == "gloo_tcp_loop\n"
-            if is_gloo:
-                try:
-                    with open(f"/proc/{thread}/timerslack_ns", encoding="ascii") as file:
-                        found.append(file.read())
-                except PermissionError:
-                    found.append("may not be seen")
-        return found
 
+def where_allowed(slack_ns: str) -> set[str]:
+    """What is seen where this process may look at other threads (CAP_SYS_NICE), and where it may not."""
     with open("/proc/self/status", encoding="ascii") as file:
         (effective,) = (line.split()[1] for line in file if line.startswith("CapEff:"))
-    allowed = int(effective, 16) >> 23 & 1  # CAP_SYS_NICE
-    for slacks in launch(2, gloo=True).collective_rpc(look):
-        assert {"290000000\n" if allowed else "may not be seen"} == set(slacks)
+    return {slack_ns if int(effective, 16) >> 23 & 1 else "may not be seen"}
+
+
+def test_threads_of_gloo_doze(launch: Launch) -> None:
+    """They wake each worker up a few times a second instead of fifty times, where the system lets it say so."""
+    for slacks in launch(2, gloo=True).collective_rpc(lambda worker: slacks_of_gloo()):
+        assert where_allowed("290000000") == set(slacks)
+
+
+def test_threads_of_gloo_are_roused_before_a_world_is_left(launch: Launch) -> None:
+    """Leaving waits for each of them once per peer, which takes as long as they may be late."""
+
+    def leave(worker: Any) -> list[str]:
+        import torch.distributed as dist
+
+        found, destroy = [], dist.destroy_process_group
+
+        def destroyed(*args: Any) -> None:
+            found.extend(slacks_of_gloo())
+            destroy(*args)
+
+        vars(dist)["destroy_process_group"] = destroyed
+        worker.context.leave()
+        return found
+
+    for slacks in launch(2, gloo=True).collective_rpc(leave):
+        assert where_allowed("10000000") == set(slacks)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _SLACK_NS = 10_000_000  # they look half as often; joining and leaving wait for such a look a time or two
-_DOZE_NS = 290_000_000  # a thirtieth as often; then leaving would take that long for each peer
+_DOZE_NS = 290_000_000  # a thirtieth as often; destroying a group may take that long for each peer
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # of linux/prctl.h
 _GLOO = "gloo_tcp_loop"  # what torch's build of gloo calls them
 

@@ -87,7 +87,10 @@ class ExecutionLoop:
         return inside
 
     def _enter_again(self, rank: int, left: Future[Any]) -> None:
-        """Sends a rank that has left with an error in for the None; once, though who stops and who sees it leave both try."""
+        """Sends a rank that has left with an error in for the None; once, though who stops and who sees it leave both try.
+
+        Where that is not possible, the executor being down, the rank is gone and the loop's end says why.
+        """
         with self._lock:
             if self._inside.get(rank) is not left:
                 return
@@ -95,9 +98,15 @@ class ExecutionLoop:
             self._gone.discard(rank)
         try:
             self._enter(rank)
-        except BaseException:
-            self._inside[rank] = left
-            raise
+        except BaseException as error:
+            with self._lock:
+                self._inside[rank] = left
+                self._gone.add(rank)
+                if self._raised or self._error is None:
+                    self._error, self._raised = error, False
+            self._left_all()
+            if not isinstance(error, Exception):  # Ctrl-C
+                raise
 
     @staticmethod
     def _count_out(left: list[None], total: int, ended: Future[Any], inside: Future[Any]) -> None:
@@ -171,11 +180,13 @@ class ExecutionLoop:
             raise
 
     def _sent(self, step: Future[Any], request: Any, driven: Future[Any]) -> None:
-        if request is None:
-            for rank, inside in list(self._inside.items()):
-                if inside.done() and inside.exception() is not None:  # without an error it has had its None already
-                    self._enter_again(rank, inside)
-        driven.add_done_callback(functools.partial(self._driven, step))
+        try:
+            if request is None:
+                for rank, inside in list(self._inside.items()):
+                    if inside.done() and inside.exception() is not None:  # without an error it has had its None already
+                        self._enter_again(rank, inside)
+        finally:  # else whoever stops the loop as well would wait for ever
+            driven.add_done_callback(functools.partial(self._driven, step))
 
     def _driven(self, step: Future[Any], driven: Future[Any]) -> None:
         """The drivers have run a step."""

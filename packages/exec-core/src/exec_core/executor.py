@@ -240,7 +240,10 @@ class Executor(BaseExecutor):
     async def stop_remote_worker_execution_loop_async(self) -> None:
         """`stop_remote_worker_execution_loop`, awaited."""
         if (end := await self._loop.step_async(None)) is not None:
-            await awaited_future(end)
+            try:
+                await awaited_future(end)
+            finally:
+                del end  # likewise
 
 
 def _only(values: list[Any]) -> Any:

@@ -91,10 +91,21 @@ async def _fails_when_awaited(executor: Executor, method: Any, *args: Any) -> bo
     return False
 
 
-def _fails_in_the_loop(executor: Executor, request: Any) -> bool:
+def _fails_in_the_loop(executor: Executor, request: Any, awaited: bool) -> bool:
+    if awaited:
+        return asyncio.run(_fails_in_the_loop_when_awaited(executor, request))
     try:
         executor.execute_model(request)
         executor.stop_remote_worker_execution_loop()
+    except ValueError:
+        return True
+    return False
+
+
+async def _fails_in_the_loop_when_awaited(executor: Executor, request: Any) -> bool:
+    try:
+        await executor.execute_model_async(request)
+        await executor.stop_remote_worker_execution_loop_async()
     except ValueError:
         return True
     return False
@@ -158,7 +169,8 @@ class MemoryContract(ContractBase):
             assert [True] * len(self.world()) == executor.collective_rpc(is_gone)
         executor.collective_rpc(lambda worker: gc.enable())
 
-    def test_what_a_failed_step_held_goes_with_the_execution_loop(self, start: Start) -> None:
+    @pytest.mark.parametrize("awaited", [False, True])
+    def test_what_a_failed_step_held_goes_with_the_execution_loop(self, start: Start, awaited: bool) -> None:
         """The request in the driver, at the latest when the loop has ended."""
 
         class Big:
@@ -174,7 +186,7 @@ class MemoryContract(ContractBase):
             executor.start_worker_execution_loop()
             request = Big()
             gone = weakref.ref(request)
-            assert _fails_in_the_loop(executor, request)
+            assert _fails_in_the_loop(executor, request, awaited)
             executor.stop_remote_worker_execution_loop()
             del request
             eventually(lambda: gone() is None)
