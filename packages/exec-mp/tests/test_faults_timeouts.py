@@ -175,8 +175,9 @@ def test_time_limits_of_futures_do_not_wake_anybody_before_their_time(
     second.open()
 
     assert 0 == times_woken
-    assert isinstance(error, ec.RpcTimeoutError)
-    assert 1 <= len(woken)
+    assert isinstance(
+        error, ec.RpcTimeoutError
+    )  # not after 30 s: unless it is awake anyway, the thread was woken for that
 
 
 def test_stacks_of_ranks_in_a_collective(launch: Launch) -> None:
