@@ -326,12 +326,20 @@ class Receiver:
             self._settle(overdue)
 
     def _drain_in_background(self) -> bool:
+        """The bell has rung. It takes the lead only for what is there: a bell may ring late for what another has read."""
         with self._lock:
-            if self._stopped or self._leader.setdefault(None, self) is not self:
+            if self._stopped or self._leader:
+                self._poller.listen(on=False)
+                return True
+        self._channel.quiet()
+        if not self._channel.look():
+            return True
+        with self._lock:
+            if self._leader.setdefault(None, self) is not self:
+                self._channel.ring()  # what was taken back may have been for who leads since, and sleeps
                 self._poller.listen(on=False)
                 return True
         try:
-            self._channel.quiet()
             while words := self._channel.look():
                 self._reader.process(words)
         finally:
