@@ -127,7 +127,7 @@ def test_ready_then_closed(job: Any, world: tuple[int, int, int]) -> None:
 
 def test_leaving_first_does_not_hang(job: Any, world: tuple[int, int, int]) -> None:
     """A rank that shuts down before the others waits for them for ``shutdown_timeout_s`` at most, and they are fine."""
-    assert all(seconds < 1.0 for seconds in job.of_all("closing_s"))
+    assert all(seconds < 2.0 for seconds in job.of_all("closing_s"))
 
 
 def test_nothing_is_said_on_the_way_out(job: Any) -> None:

@@ -38,7 +38,7 @@ def test_different_calls_are_told_to_every_rank(job: Any, name: str, calls: list
     """Each rank gets `RankDivergenceError` at once, with the call of each rank, and says them in its text."""
     for outcome in job.of_all(name):
         assert calls == calls_named(outcome)
-        assert outcome["seconds"] < 1.0
+        assert outcome["seconds"] < 3.0
         assert all(call in outcome["text"] for call in calls)
 
 
@@ -102,7 +102,7 @@ def test_a_late_rank_is_a_time_out_on_all(job: Any) -> None:
         assert ("RpcTimeoutError", [1], [0, 2, 3]) == (
             outcome["type"], outcome["pending_ranks"], outcome["answered_ranks"]
         )  # fmt: skip
-        assert rank == 1 or outcome["seconds"] < 0.8
+        assert rank == 1 or outcome["seconds"] < 2.0
 
 
 def test_the_next_call_waits_for_a_late_rank(job: Any) -> None:
@@ -119,7 +119,7 @@ def test_one_call_less_is_told_within_the_bound(job: Any) -> None:
         calls = calls_named(outcome)
         assert "no call, its last was call 24: where" == outcome["calls"]["1"]
         assert ["where(5)"] * 3 == [call for other, call in enumerate(calls) if other != 1]
-        assert (0.0 if rank == 1 else 4.0) <= outcome["seconds"] < (1.0 if rank == 1 else 5.0)
+        assert (0.0 if rank == 1 else 4.0) <= outcome["seconds"] < (3.0 if rank == 1 else 7.0)
     assert [[[rank, 6]] for rank in RANKS] == [outcome["value"] for outcome in job.of_all("after_one_less")]
 
 
@@ -129,7 +129,7 @@ def test_one_call_less_at_the_end_is_told_at_once(job: Any) -> None:
     for outcome in told:
         assert "RankDivergenceError" == outcome["type"]
         assert ("shutdown()", "call 27: where(7)") == (outcome["calls"]["1"], outcome["calls"]["0"])
-        assert outcome["seconds"] < 1.0
+        assert outcome["seconds"] < 3.0
     assert ["closed"] * 4 == job.of_all("state_after_shutdown")
 
 

@@ -89,7 +89,7 @@ with Gathering(config(CallWorker, tp=tp, pp=pp, dp=dp)) as executor:
 # A rank that leaves first waits for the others no longer than it may.
 executor = ec.create_executor(config(CallWorker, tp=tp, pp=pp, dp=dp, rpc={"shutdown_timeout_s": 0.5}))
 if RANK != first:
-    time.sleep(1.0)  # the others are late on purpose
+    time.sleep(3.0)  # the others are late on purpose
 started = time.monotonic()
 try:
     executor.shutdown()

@@ -117,9 +117,9 @@ record(
     state_after_errors=executor.state.value,
 )
 record(
-    late=outcome(call, "be_late", 0.3, args=(1, 1.0)),
+    late=outcome(call, "be_late", 0.3, args=(1, 3.0)),
     after_late=outcome(call, "where", args=(2,)),
-    busy=outcome(call, "be_late", 0.3, args=(3, 1.2)),
+    busy=outcome(call, "be_late", 0.3, args=(3, 2.5)),
     while_busy=outcome(call, "where", 0.3, args=(3,)),
     after_busy=outcome(call, "where", args=(4,)),
     state_after_late=executor.state.value,
@@ -127,7 +127,7 @@ record(
 
 # One call less, and rank 1 does something else meanwhile: the others wait for the time that they may be apart.
 if RANK == 1:
-    time.sleep(5.0)
+    time.sleep(8.0)
 else:
     record(one_less=outcome(call, "where", args=(5,)))
 if RANK == 1:
