@@ -2,9 +2,13 @@
 
 For each number of workers all peers are started; then, round after round and case after case, they take turns, in some
 cases several short ones a round, in an order that is drawn anew each time: whoever comes after a peer that keeps processors
-busy finds them awake. Peers that cost something while they wait are started anew in each round, after the others have had
-theirs. So are those that have little to do: what watches over a machine looks at all of its processes, now and then, and
-that takes a processor for longer the more of them there are.
+busy finds them awake. Where a case is about single milliseconds, a turn during which the machine's host gave its processors
+to other machines is taken again, as long as there are spare ones, by the peer that was hit; its calmest turns count. The more
+a peer is awake the more it is hit: it is those that keep processors busy that have most turns again.
+
+Peers that cost something while they wait are started anew in each round, after the others have had theirs. So are those that
+have little to do: what watches over a machine looks at all of its processes, now and then, and that takes a processor for
+longer the more of them there are.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from bench.peers import OURS, PeerSpec
 from bench.plan import CASES, GROWTH_N, Case, quick
 from bench.process import PeerProcess, run_own
 from bench.results import Results
-from bench.stats import Metrics, pooled
+from bench.stats import Metrics, calm, calmest, pooled
 
 _OWN_S = 1200.0  # for one of our own programs
 
@@ -92,7 +96,7 @@ class Campaign:
             for number in range(self._settings.rounds):
                 _say(f"N={n}, round {number + 1} of {self._settings.rounds}")
                 for case in cases:
-                    self._measure(resident, case, number)
+                    self.measure(resident, case, number)
                 for spec in peers:
                     if not spec.resident:
                         self._visit(spec, n, cases, number)
@@ -104,7 +108,7 @@ class Campaign:
         with ExitStack() as stack:
             peers = self._start(n, [spec], stack, number)
             for case in due:
-                self._measure(peers, case, number)
+                self.measure(peers, case, number)
 
     def _start(
         self, n: int, specs: Sequence[PeerSpec], stack: ExitStack, number: int | None = None
@@ -131,19 +135,21 @@ class Campaign:
                 peer.settle()
         return able
 
-    def _measure(self, peers: Sequence[PeerProcess], case: Case, number: int) -> None:
+    def measure(self, peers: Sequence[PeerProcess], case: Case, number: int) -> None:
         """One round of a case: each of the peers that can do it has its turns, the others in between."""
         able = [peer for peer in peers if _is_due(peer.spec, case, number)]
-        found: dict[str, list[Metrics]] = {}
-        for turn in range(case.turns):
+        found: dict[str, list[Metrics]] = {peer.spec.name: [] for peer in able}
+        for turn in range(case.turns + case.spare):
             draw = random.Random(f"{case.name} {number} {turn}")  # noqa: S311 # the same in each run
             for peer in draw.sample(able, len(able)):
-                metrics = self._take_turn(peer, case)
-                if metrics is not None:
-                    found.setdefault(peer.spec.name, []).append(metrics)
+                turns = found[peer.spec.name]
+                if turn < case.turns or (turns and calm(turns) < case.turns):
+                    metrics = self._take_turn(peer, case)
+                    turns += [] if metrics is None else [metrics]
         for peer in able:
-            if turns := found.get(peer.spec.name):
-                self._results.add(case.name, peer.spec.name, peer.n, number, pooled(turns))
+            if turns := found[peer.spec.name]:
+                figures = {**pooled(calmest(turns, case.turns)), "again": max(0, len(turns) - case.turns)}
+                self._results.add(case.name, peer.spec.name, peer.n, number, figures)
 
     def _take_turn(self, peer: PeerProcess, case: Case) -> Metrics | None:
         name = peer.spec.name

@@ -43,11 +43,11 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return total
 
 
-def machine_cpu_seconds() -> float:
-    """Processor time of everything on this machine since it started."""
+def machine_cpu_seconds() -> tuple[float, float]:
+    """Processor time since this machine started: of everything on it, and what its host gave to other machines instead."""
     line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
-    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, line.split()[1:])
-    return (user + nice + system + irq + softirq) * _TICK_S
+    user, nice, system, _idle, _iowait, irq, softirq, stolen, *_ = map(int, line.split()[1:])
+    return (user + nice + system + irq + softirq) * _TICK_S, stolen * _TICK_S
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from bench.peers import OURS, PEERS
 from bench.plan import CASES, Case
 from bench.results import Results
+from bench.stats import STOLEN, median
 from bench.targets import Target
 
 _UNITS = {
@@ -47,6 +48,13 @@ def _head(results: Results) -> str:
         middle = sorted(others)[len(others) // 2]
         lines.append(
             f"other programs used {middle:.2f} cores (median), at most {max(others):.2f}, during the measurements"
+        )
+    stolen = [r.metrics[STOLEN] for r in results.records if STOLEN in r.metrics]
+    if stolen:
+        again = sum(r.metrics.get("again", 0) for r in results.records)
+        lines.append(
+            f"the machine's host gave other machines {median(stolen):.3f} cores (median), at most {max(stolen):.2f}, that this one "
+            f"had use for; {again:.0f} turns that it hit were taken again, see bench.campaign"
         )
     return "\n".join(lines)
 

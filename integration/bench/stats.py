@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 Metrics = Mapping[str, float | Sequence[float]]
 """What one turn has found: figures, and lists of samples, whose names end in ``us``; see `pooled`."""
 
+STOLEN = "stolen_cores"  # processors that the machine's host gave to other machines, while this one had use for them
+_CALM_CORES = 0.01  # stolen at most: one tick of the machine's clock in a second
+
 
 def percentile(ordered: Sequence[float], share: float) -> float:
     """The smallest of the ``ordered`` values that is not exceeded by ``share`` of them."""
@@ -39,6 +42,22 @@ def pooled(turns: Sequence[Metrics]) -> dict[str, float]:
         else:
             metrics[key] = statistics.fmean(value for value in values if not isinstance(value, Sequence))
     return metrics
+
+
+def stolen_cores(turn: Metrics) -> float:
+    """How much was stolen during a turn; 0 for one that is too short to say."""
+    stolen = turn.get(STOLEN, 0.0)
+    return 0.0 if isinstance(stolen, Sequence) else stolen
+
+
+def calm(turns: Iterable[Metrics]) -> int:
+    """How many of them the machine had its processors to itself in."""
+    return sum(stolen_cores(turn) <= _CALM_CORES for turn in turns)
+
+
+def calmest(turns: Iterable[Metrics], count: int) -> list[Metrics]:
+    """The ``count`` turns in which least was stolen, of equal ones the first."""
+    return sorted(turns, key=stolen_cores)[:count]
 
 
 def median(values: Iterable[float | None]) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import procfs, work
 from bench.peer import Peer
-from bench.stats import Metrics
+from bench.stats import STOLEN, Metrics
 
 _OTHERS_MIN_S = 0.3  # the machine's clock counts in ticks of 10 ms: less is too coarse
 
@@ -113,13 +113,14 @@ WORKLOADS: dict[str, Callable[..., Metrics]] = {
 
 
 def measure(peer: Peer, workload: str, params: dict[str, Any]) -> Metrics:
-    """Runs a workload, and adds how busy the machine was with other things meanwhile."""
-    machine, ours = procfs.machine_cpu_seconds(), procfs.cpu_seconds(procfs.tree(os.getpid()))
+    """Runs a workload, and adds how busy the machine was with other things meanwhile, and its host with other machines."""
+    (machine, stolen), ours = procfs.machine_cpu_seconds(), procfs.cpu_seconds(procfs.tree(os.getpid()))
     started = time.perf_counter()
     metrics = {**(peer.measure(workload, params) or WORKLOADS[workload](peer, **params))}
     seconds = time.perf_counter() - started
-    busy = procfs.machine_cpu_seconds() - machine
+    machine_now, stolen_now = procfs.machine_cpu_seconds()
     ours = procfs.cpu_seconds(procfs.tree(os.getpid())) - ours
     if seconds < _OTHERS_MIN_S:
         return metrics
-    return {**metrics, "other_cores": max(0.0, (busy - ours) / seconds)}
+    others = max(0.0, (machine_now - machine - ours) / seconds)
+    return {**metrics, "other_cores": others, STOLEN: (stolen_now - stolen) / seconds}

@@ -4,18 +4,21 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import procfs
+from bench.campaign import Campaign, Settings
 from bench.peer import AbsentError
 from bench.peers import EXTERNAL, PEERS
-from bench.plan import CASES, GROUPS, QUICK_N, quick
+from bench.plan import CASES, GROUPS, QUICK_N, Case, quick
 from bench.process import PeerProcess
 from bench.report import report
 from bench.results import Results
-from bench.stats import Metrics, pooled
+from bench.stats import Metrics, calmest, pooled
 from bench.targets import Target, targets
 from exec_core.testing import eventually
 
@@ -161,6 +164,56 @@ def test_turns_of_a_round_count_as_one_run() -> None:
         name: value for name, value in found.items() if name != "cores"
     }
     assert 0.2 == pytest.approx(found["cores"])
+
+
+class ShakyPeer(PeerProcess):
+    """A peer whose machine loses its processors in the first turns; what it measures is the number of the turn."""
+
+    def __init__(self, stolen: Sequence[float]) -> None:
+        self.spec, self.n = PEERS["pipe"], 1
+        self._stolen, self.taken = stolen, 0
+
+    @property
+    def alive(self) -> bool:
+        """Always."""
+        return True
+
+    def ask(self, workload: str, params: Mapping[str, Any]) -> Metrics:
+        """The next turn."""
+        self.taken += 1
+        return {"cores": float(self.taken), "stolen_cores": self._stolen[self.taken - 1]}
+
+    def settle(self) -> None:
+        """It is quiet."""
+
+
+@pytest.mark.parametrize(
+    ("stolen", "taken", "counted"),
+    [
+        pytest.param([0.0, 0.0], 2, [1, 2], id="calm"),
+        pytest.param([0.3, 0.0, 0.2, 0.01], 4, [2, 4], id="calm in the end"),
+        pytest.param([0.3, 0.5, 0.2, 0.4, 0.1], 5, [3, 5], id="never calm"),
+    ],
+)
+def test_turns_in_which_processors_were_stolen_are_taken_again(
+    stolen: Sequence[float], taken: int, counted: Sequence[int], tmp_path: Path
+) -> None:
+    """As long as there are spare ones; the calmest count."""
+    case, results = Case("case", "cadence", "", "cadence", turns=2, spare=3), empty()
+    peer = ShakyPeer(stolen)
+
+    Campaign(Settings((), (), 1, (), True, 0, 0, tmp_path), results).measure([peer], case, 0)
+
+    assert taken == peer.taken
+    assert {"cores": sum(counted) / 2, "again": taken - 2}.items() <= results.records[0].metrics.items()
+    assert f"{taken - 2} turns that it hit were taken again" in report(results, [])
+
+
+def test_turn_that_is_too_short_to_say_counts_as_calm() -> None:
+    """The machine's clock counts in ticks: there is no figure then."""
+    turns: list[Metrics] = [{"cores": 1.0, "stolen_cores": 0.1}, {"cores": 2.0}]
+
+    assert turns[1:] == calmest(turns, 1)
 
 
 def test_target_holds_up_to_its_limit() -> None:
