@@ -3,8 +3,7 @@
 For each number of workers all peers are started; then, round after round and case after case, they take turns, in some
 cases several short ones a round, in an order that is drawn anew each time: whoever comes after a peer that keeps processors
 busy finds them awake. Where a case is about single milliseconds, a turn during which the machine's host gave its processors
-to other machines is taken again, as long as there are spare ones, by the peer that was hit; its calmest turns count. The more
-a peer is awake the more it is hit: it is those that keep processors busy that have most turns again.
+to other machines is taken again, as long as there are spare ones, by the peer that was hit; its calmest turns count.
 
 Peers that cost something while they wait are started anew in each round, after the others have had theirs. So are those that
 have little to do: what watches over a machine looks at all of its processes, now and then, and that takes a processor for

@@ -27,7 +27,7 @@ class Case:
         ns: numbers of workers.
         turns: into how many a round is cut. A machine that is shared has fast and slow phases of seconds: with short turns all
             peers meet the same ones.
-        spare: further turns at most, to be taken instead of those in which the machine's host had other things to do.
+        spare: further turns at most, to be taken instead of those in which the machine's host gave processors to others.
         once: in the first round only, before payloads have left their traces.
         in_table: whether it has a table of its own; otherwise it is for a plot.
     """
@@ -78,9 +78,9 @@ CASES = (
         "result_2m", "results", "tensor of 2 MiB back from each",
         "fetch", {"nbytes": 2 * MIB, "calls": 200, "limit_s": 0.7},
     ),
-    _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 100, turns=6, spare=12),
+    _cadence("cadence", "decode cadence: 8 KiB, busy 8 ms, pause 2 ms", 0.008, 100, turns=6, spare=6),
     _cadence(
-        "cadence_all", "the same, every worker answers", 0.008, 100, turns=6, spare=12, ns=(2, 4), one_reply=False,
+        "cadence_all", "the same, every worker answers", 0.008, 100, turns=6, spare=6, ns=(2, 4), one_reply=False,
     ),
     Case(
         "in_flight", "in-flight", "no-ops with 32 in flight",
