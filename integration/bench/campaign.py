@@ -142,9 +142,10 @@ class Campaign:
             draw = random.Random(f"{case.name} {number} {turn}")  # noqa: S311 # the same in each run
             for peer in draw.sample(able, len(able)):
                 turns = found[peer.spec.name]
-                if turn < case.turns or (turns and calm(turns) < case.turns):
-                    metrics = self._take_turn(peer, case)
-                    turns += [] if metrics is None else [metrics]
+                if turn >= case.turns and (not turns or calm(turns) >= case.turns):
+                    continue
+                if (metrics := self._take_turn(peer, case)) is not None:
+                    turns.append(metrics)
         for peer in able:
             if turns := found[peer.spec.name]:
                 figures = {**pooled(calmest(turns, case.turns)), "again": max(0, len(turns) - case.turns)}

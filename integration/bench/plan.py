@@ -110,9 +110,5 @@ def quick(case: Case) -> Case | None:
     shorter = {"calls": 20, "limit_s": 0.1, "steps": 10, "seconds": 0.3, "settle_s": 0.1}
     params = {name: min(value, shorter[name]) if name in shorter else value for name, value in case.params.items()}
     return replace(
-        case,
-        params=params,
-        turns=min(case.turns, 2),
-        spare=min(case.spare, 1),
-        ns=tuple(n for n in QUICK_N if n in case.ns) or QUICK_N[:1],
+        case, params=params, turns=min(case.turns, 2), ns=tuple(n for n in QUICK_N if n in case.ns) or QUICK_N[:1]
     )

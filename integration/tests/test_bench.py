@@ -93,6 +93,14 @@ def test_results_say_who_was_measured_and_where(results: Results) -> None:
     assert list(GROUPS) == results.options["groups"]
 
 
+def test_results_say_what_the_host_took_away(results: Results) -> None:
+    """Of each turn that lasts long enough for the machine's clock to say so."""
+    stolen = [record.metrics["stolen_cores"] for record in results.records if record.case == "idle"]
+
+    assert stolen
+    assert all(0.0 <= cores <= results.machine["cores"] for cores in stolen)
+
+
 def test_results_have_every_target(output: Path) -> None:
     """The file has all rows of the table of targets."""
     rows = json.loads((output / "results.json").read_text())["targets"]
@@ -167,7 +175,7 @@ def test_turns_of_a_round_count_as_one_run() -> None:
 
 
 class ShakyPeer(PeerProcess):
-    """A peer whose machine loses its processors in the first turns; what it measures is the number of the turn."""
+    """A peer without a process, since a test cannot have the host take processors away. It measures the number of the turn."""
 
     def __init__(self, stolen: Sequence[float]) -> None:
         self.spec, self.n = PEERS["pipe"], 1
