@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import random
 import select
 import struct
 import sys
@@ -595,6 +596,47 @@ def test_without_foresight_a_long_wait_is_slept_through(monkeypatch: pytest.Monk
             return yielded, slept
 
         assert [(5, 1), (0, 1), (0, 1), (5, 1), (5, 1), (0, 1)] == [wait(t) for t in (0.3, 0.3, 0.1, 0.1, 0.3, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("room", "spread_s", "early_s"),
+    [(1.0, 1e-4, 290e-6), (2 / 3, 1e-4, 148e-6), (0.55, 5e-5, 83e-6), (0.55, 2e-4, -math.inf), (0.5, 1e-5, -math.inf)],
+)
+def test_regular_requests_find_a_rank_awake(
+    monkeypatch: pytest.MonkeyPatch, room: float, spread_s: float, early_s: float
+) -> None:
+    """After a nap: with less room one that is longer, or else a sleep until it is woken. A late request is slept for."""
+    now, chance = 100.0, random.Random(7)  # noqa: S311 # no secret
+    monkeypatch.setattr(_worker_channel, "monotonic", lambda: now)
+    with connected(attrs.evolve(GEOMETRY, slots=512, spin_s=200e-6, room=room)) as ends:
+
+        def wait(takes_s: float) -> list[float]:
+            """A request comes after so long. How much earlier than after 3 ms each sleep would have ended by itself."""
+            nonlocal now
+            began, comes, sent, early_s = now, now + takes_s, False, list[float]()
+
+            def go_on(until: float) -> None:
+                nonlocal now, sent
+                now = until
+                if now >= comes and not sent:
+                    sent = True
+                    ends.send("x", (0,))
+
+            def sleep(word: int, value: int, timeout_s: float) -> None:
+                early_s.append(began + 0.003 - (now + timeout_s))
+                go_on(min(comes, now + timeout_s))
+
+            monkeypatch.setattr(_worker_channel, "sched_yield", lambda: go_on(now + 5e-6))
+            monkeypatch.setattr(ends.workers[0], "_sleep", sleep)
+            assert "x" == ends.receive(0)
+            return early_s
+
+        for _ in range(400):
+            wait(0.003 + chance.gauss(0, spread_s))
+        naps = wait(0.003)
+
+        assert [pytest.approx(early_s, abs=40e-6)] == naps
+        assert -math.inf == wait(0.006)[-1]
 
 
 def test_longest_name_on_its_own(ends: Ends) -> None:

@@ -39,6 +39,7 @@ _OF_EACH_CALL = _layout.ACKS, _layout.CURRENT_CALL, _layout.READY_NS, _layout.RE
 _ORDERS = GATED | SPREAD | AWAY  # what a request's kind may say beside what body it has, which stands above
 _PLAIN = Format.PICKLE << FORMAT_SHIFT | INLINE  # the kind of a request with arguments that lie in its slot
 _COPY_BYTES = 512 << 10  # with other readers, a message is copied up to this size, and mapped copy-on-write above
+_CROWDED = 0.5  # processors for each process; with no more than that, ranks that are awake early gain nothing
 _ROOM_EVERY_S = 0.0005  # the driver drains whenever a call is pending; nothing signals room in a reply ring
 
 
@@ -72,7 +73,8 @@ class WorkerChannel:
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
         self._in_order = orders_memory()
-        self._pace = Pace(geometry.spin_s) if geometry.room == 1 else None
+        # All ranks would be awake early at once: each less early than a driver.
+        self._pace = Pace(geometry.spin_s, geometry.room**1.5) if geometry.room > _CROWDED else None
         self._spin_s, self._is_prompt = geometry.spin_s, True  # without foresight: whether the last wait was short
         self._ring = geometry.replies(rank)
         self._holds = shared.holds(geometry.request_holds, BLOCKS * size)
