@@ -613,7 +613,7 @@ def test_regular_requests_find_a_rank_awake(
         def wait(takes_s: float) -> list[float]:
             """A request comes after so long. How much earlier than after 3 ms each sleep would have ended by itself."""
             nonlocal now
-            began, comes, sent, early_s = now, now + takes_s, False, list[float]()
+            began, comes, sent, ends_early_s = now, now + takes_s, False, list[float]()
 
             def go_on(until: float) -> None:
                 nonlocal now, sent
@@ -623,13 +623,13 @@ def test_regular_requests_find_a_rank_awake(
                     ends.send("x", (0,))
 
             def sleep(word: int, value: int, timeout_s: float) -> None:
-                early_s.append(began + 0.003 - (now + timeout_s))
+                ends_early_s.append(began + 0.003 - (now + timeout_s))
                 go_on(min(comes, now + timeout_s))
 
             monkeypatch.setattr(_worker_channel, "sched_yield", lambda: go_on(now + 5e-6))
             monkeypatch.setattr(ends.workers[0], "_sleep", sleep)
             assert "x" == ends.receive(0)
-            return early_s
+            return ends_early_s
 
         for _ in range(400):
             wait(0.003 + chance.gauss(0, spread_s))
