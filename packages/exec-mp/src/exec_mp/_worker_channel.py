@@ -73,7 +73,7 @@ class WorkerChannel:
         self._driver_sleeps = shared.word(_layout.DRIVER_SLEEPS, 0)
         self._driver_cpu = shared.word(_layout.DRIVER_CPU, 0)
         self._in_order = orders_memory()
-        # All ranks would be awake early at once: each less early than a driver.
+        # All ranks are awake early at once, so each is less early than a driver: by 150 us at most for two on two processors.
         self._pace = Pace(geometry.spin_s, geometry.room**1.5) if geometry.room > _CROWDED else None
         self._spin_s, self._is_prompt = geometry.spin_s, True  # without foresight: whether the last wait was short
         self._ring = geometry.replies(rank)
