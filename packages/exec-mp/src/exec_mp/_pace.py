@@ -5,9 +5,9 @@
 
 Who is woken from a long sleep starts late and with cold caches: a step of decoding loses 0.1 ms and more to that, on each
 side. But steps take about as long as the ones before them. So a waiter whose waits are regular takes a nap, and is awake and
-warm when what it waits for comes. Where they are not regular, it sleeps until it is woken. On fewer processors
-than there are processes, who is awake early keeps another from running: it is so less early, and where a processor is for two,
-ranks sleep until they are woken.
+warm when what it waits for comes. Where they are not regular, it sleeps until it is woken. On fewer processors than there are
+processes, who is awake early keeps another from running: all are less early, and where a processor is for two, ranks sleep
+until they are woken.
 """
 
 from __future__ import annotations
